@@ -1,0 +1,1 @@
+"""Where images come from, and the pipeline that turns them into batches."""

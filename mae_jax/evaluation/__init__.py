@@ -1,0 +1,1 @@
+"""What a trained model gives: reconstructions, features, neighbours."""

@@ -1,0 +1,1 @@
+"""The pure training step and what wraps it: engines, checkpoints, metrics, the loop."""
