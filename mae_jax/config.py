@@ -3,7 +3,6 @@
 A combination that cannot work raises ValueError where it is built, naming both fields and their values.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -110,7 +109,7 @@ class ModelConfig:
         if stride < 2 or rows % stride or columns % stride or rows * columns // stride**2 != self.keep:
             raise ValueError(
                 f"mask_ratio {self.mask_ratio} with masking grid on {rows} x {columns} patches: "
-                "it keeps one patch of every s x s, so the ratio must be 1 - 1/s^2 (0.75, 0.889, 0.9375 ...) and s divide both sides"
+                "it keeps one patch of every s x s, so the ratio must be 1 - 1/s^2 (0.75, 0.9375 ...) and s divide both sides"
             )
 
     @property
@@ -247,7 +246,8 @@ class PretrainConfig:
             raise ValueError(f"workers {self.workers} must not be negative")
         if len(self.augment.mean) != self.model.in_channels:
             raise ValueError(
-                f"augment.mean {self.augment.mean} has {len(self.augment.mean)} values, model.in_channels is {self.model.in_channels}"
+                f"augment.mean {self.augment.mean} has {len(self.augment.mean)} values, "
+                f"model.in_channels is {self.model.in_channels}"
             )
 
 
