@@ -97,6 +97,11 @@ def positions(config: ModelConfig, width: int) -> Float[Tensor, "1 tokens width"
 # --- masks -------------------------------------------------------------------------------------------------------
 
 
+def visible_count(config: ModelConfig) -> int:
+    """K, counted as the authors count: the product is cut off, in float64."""
+    return int(config.grid[0] * config.grid[1] * (1 - config.mask_ratio))
+
+
 def shuffle(config: ModelConfig, noise: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     """The order of the patches, those that stay visible first (section 3; Table 1f for block and grid)."""
     if config.masking == "block" and config.num_patches >= 4:
@@ -199,6 +204,18 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
+# --- target ------------------------------------------------------------------------------------------------------
+
+
+def prediction_target(config: ModelConfig, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L P"]:
+    """Pixels of each patch, or pixels normalised inside it: unbiased variance (Table 1d)."""
+    target = patchify(images, config.patch_hw)
+    if config.norm_pix_loss:
+        mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True, correction=1)
+        target = (target - mean) / (var + EPS) ** 0.5
+    return target
+
+
 # --- masked autoencoder ------------------------------------------------------------------------------------------
 
 
@@ -232,13 +249,13 @@ class MaskedAutoencoder(nn.Module):
 
         ids_shuffle = shuffle(self.config, noise)
         ids_restore = torch.argsort(ids_shuffle, dim=1, stable=True)
-        ids_keep = ids_shuffle[:, : self.config.keep]
+        ids_keep = ids_shuffle[:, : visible_count(self.config)]
         mask = torch.ones_like(images[:, 0, 0, :1]).repeat(1, self.config.num_patches).scatter(1, ids_keep, 0.0)
         stages |= {"ids_keep": ids_keep, "ids_restore": ids_restore, "mask": mask}
 
         latent = self.encode(images, ids_keep, mask, stages)
         pred = self.decode(latent, ids_restore, stages)
-        target = self.target(images)
+        target = prediction_target(self.config, images)
         loss = self.loss(pred, target, mask)
         stages |= {"pred": pred, "target": target, "loss": loss}
         return Output(loss, pred, target, mask, ids_restore, latent, stages)
@@ -278,14 +295,6 @@ class MaskedAutoencoder(nn.Module):
         for i, block in enumerate(self.decoder_blocks):
             x = stages[f"decoder.block_{i}"] = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, first_patch:]
-
-    def target(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L P"]:
-        """Pixels of each patch, or pixels normalised inside it: unbiased variance (Table 1d)."""
-        target = patchify(images, self.config.patch_hw)
-        if self.config.norm_pix_loss:
-            mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True, correction=1)
-            target = (target - mean) / (var + EPS) ** 0.5
-        return target
 
     def loss(self, pred: Tensor, target: Tensor, mask: Float[Tensor, "B L"]) -> Float[Tensor, ""]:
         """Mean squared error of the hidden patches, or of all."""
