@@ -100,6 +100,8 @@ class ModelConfig:
                 raise ValueError(
                     f"{stack}.width {width} is not divisible by {divisor}, which positions {self.positions} needs"
                 )
+        if self.norm_pix_loss and self.patch_dim < 2:
+            raise ValueError(f"norm_pix_loss needs 2 values in a patch or more, patch_size {self.patch_size} gives 1")
         if self.masking == "block" and self.num_patches < 4:
             raise ValueError(f"masking block needs 4 patches or more, this model has {self.num_patches}")
         if self.masking == "grid":

@@ -9,11 +9,17 @@ Patches = Float[Array, "batch patches values"]
 TARGET_EPS = 1e-6
 
 
-def normalise_patches(patches: Patches) -> Patches:
-    """Each patch by its own mean and deviation; the variance is unbiased (divided by P - 1)."""
+def patch_statistics(patches: Patches) -> tuple[Float[Array, "batch patches 1"], Float[Array, "batch patches 1"]]:
+    """Mean and deviation of each patch; the variance is unbiased (divided by P - 1)."""
     mean = patches.mean(axis=-1, keepdims=True)
     variance = patches.var(axis=-1, ddof=1, keepdims=True)
-    return (patches - mean) / jnp.sqrt(variance + TARGET_EPS)
+    return mean, jnp.sqrt(variance + TARGET_EPS)
+
+
+def normalise_patches(patches: Patches) -> Patches:
+    """Each patch by its own mean and deviation."""
+    mean, deviation = patch_statistics(patches)
+    return (patches - mean) / deviation
 
 
 def patch_errors(pred: Patches, target: Patches) -> Float[Array, "batch patches"]:

@@ -1,0 +1,47 @@
+"""Where images come from: a source by its name."""
+
+from typing import Protocol
+
+from PIL import Image
+
+from mae_jax.data.decoding import mode_for
+from mae_jax.data.digits import DigitsSource
+from mae_jax.data.folder import FolderSource
+from mae_jax.errors import StatedError
+
+
+class Source(Protocol):
+    """Numbered images. A source is sent to worker processes, so it can be pickled and is small."""
+
+    in_memory: bool  # reading costs so little that worker processes would not pay
+    class_names: tuple[str, ...]  # empty where there are no classes
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a person would call the image: its path, or `digits[17]`."""
+
+    def label(self, index: int) -> int:
+        """The image's class as an index into `class_names`, or -1."""
+
+    def load(self, index: int) -> Image.Image:
+        """The image in its own size, mode `L` or `RGB`.
+
+        Raises:
+          BrokenImage: it does not decode.
+        """
+
+
+def open_source(spec: str, in_channels: int, split: str = "train") -> Source:
+    """The source that `spec` names: `digits` or `folder:PATH`, as grey (1) or RGB (3) images.
+
+    Raises:
+      StatedError: there is no such source, split or folder, or files cannot give `in_channels` channels.
+    """
+    mode = mode_for(in_channels)
+    kind, _, path = spec.partition(":")
+    if spec == "digits":
+        return DigitsSource(mode, split)
+    if kind == "folder" and path:
+        return FolderSource(path, mode, split)
+    raise StatedError(f"data {spec!r} is not known: give digits, or folder:PATH for a folder of images")

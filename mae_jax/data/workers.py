@@ -1,0 +1,94 @@
+"""Worker processes that read images: how many, how they start, and how they end.
+
+Grain starts them; what it leaves open is closed here. They ignore the terminal's Ctrl-C and a SIGTERM to the process
+group, which are the main process's to answer, and they leave when it is gone, however it went.
+"""
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+from PIL import Image
+
+from mae_jax.errors import StatedError
+
+_MOST = 16
+_SHARED_MEMORY = "/dev/shm"
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(in_memory: bool) -> int:
+    """Worker processes for a source: none for one in memory, else one a core up to 16."""
+    return 0 if in_memory else min(available_cores(), _MOST)
+
+
+def default_threads(in_memory: bool) -> int:
+    """Threads that take the place of worker processes; Pillow lets others run while it decodes and resizes."""
+    return 0 if in_memory else min(available_cores(), _MOST)
+
+
+def reuse_decoder_memory() -> None:
+    """Let Pillow keep up to 8 blocks of freed image memory (of 16 MB at most) instead of none.
+
+    Page faults on fresh memory cost a third to a half of a JPEG's decoding on some machines.
+    """
+    Image.core.set_blocks_max(8)
+
+
+def initialize_worker(index: int, count: int) -> None:
+    """Runs first in each worker process."""
+    del index, count
+    warnings.simplefilter("ignore")  # of Pillow about odd files: once a worker would be too often
+    reuse_decoder_memory()
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def signals_kept_from_children() -> Iterator[None]:
+    """Threads and processes that are started here, and what they start, never see SIGINT or SIGTERM.
+
+    They inherit the blocked mask. A handler set in the worker would come too late: Ctrl-C during its imports, which
+    take a second, would print a traceback for each worker.
+    """
+    resource_tracker.ensure_running()  # else it starts with the first worker and unblocks both
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def shared_memory_holds(size: int) -> bool:
+    """Whether `size` bytes fit into shared memory; containers often have 64 MB, and running over kills a worker."""
+    return not os.path.isdir(_SHARED_MEMORY) or size < shutil.disk_usage(_SHARED_MEMORY).free
+
+
+def death_of_worker(error: Exception) -> StatedError | None:
+    """What to tell the user when `error` is Grain's report of a worker that ended by itself."""
+    match = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+    if match is None:
+        return None
+    code = int(match[1])
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return StatedError(
+        f"a worker process that reads images {how}. If memory ran out, use fewer workers; "
+        "the same command continues from the last checkpoint."
+    )
