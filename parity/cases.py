@@ -16,7 +16,7 @@ import torch
 from mae_jax import rng
 from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig
 from mae_jax.models import mae
-from mae_jax.port.keys import from_fair, to_fair
+from mae_jax.port.keys import Params, Tensors, from_fair, to_fair
 from mae_jax.train import engines, optimizers, steps
 from parity import torch_mae, torch_train
 from parity.tolerances import Precision
@@ -39,7 +39,7 @@ def run_config(model: ModelConfig, batch_size: int, seed: int) -> PretrainConfig
     )
 
 
-def draw_weights(model: torch_mae.MaskedAutoencoder, generator: np.random.Generator) -> dict[str, np.ndarray]:
+def draw_weights(model: torch_mae.MaskedAutoencoder, generator: np.random.Generator) -> Tensors:
     """Random weights, no tensor of which is constant: a mistake in a bias or a scale has to show.
 
     Kernels are xavier uniform; LayerNorm scales lie about 1; biases, tokens and learned positions about 0.
@@ -69,16 +69,17 @@ class Reference:
         self.positions = np.arange(STEPS * batch_size, dtype=np.uint32).reshape(STEPS, batch_size)
         shape = (STEPS, batch_size, *config.image_hw, config.in_channels)
         self.bytes = generator.integers(0, 256, shape, dtype=np.uint8)
-        self.noise = np.stack([[self._noise(position) for position in row] for row in self.positions])
+        self.noise = self._noise()
 
         self.model = torch_mae.MaskedAutoencoder(self.config).to(getattr(torch, precision))
         self.weights = {name: values.astype(precision) for name, values in draw_weights(self.model, generator).items()}
         self.model.load_state_dict({name: torch.from_numpy(values) for name, values in self.weights.items()})
 
-    def _noise(self, position: int) -> np.ndarray:
-        """The noise of one example, drawn alone."""
+    def _noise(self) -> np.ndarray:
+        """The noise of every step (steps, B, L), each example's row drawn alone."""
         key = rng.device_key(self.run_config.seed, "mask")
-        return np.asarray(rng.example_uniforms(key, jnp.array([position], jnp.uint32), self.config.num_patches)[0])
+        draw = jax.jit(lambda position: rng.example_uniforms(key, position[None], self.config.num_patches)[0])
+        return np.stack([[draw(position) for position in row] for row in self.positions])
 
     @cached_property
     def images(self) -> torch.Tensor:
@@ -91,12 +92,12 @@ class Reference:
         return self.model(self.images[0], torch.from_numpy(self.noise[0]))
 
     @cached_property
-    def stages(self) -> dict[str, np.ndarray]:
+    def stages(self) -> Tensors:
         """Every intermediate of the first batch's forward pass."""
         return {name: values.detach().numpy() for name, values in self.output.stages.items()}
 
     @cached_property
-    def gradients(self) -> dict[str, np.ndarray]:
+    def gradients(self) -> Tensors:
         """Of the first batch's loss."""
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         values = torch.autograd.grad(self.output.loss, list(parameters.values()), retain_graph=True)
@@ -149,12 +150,14 @@ class Ours:
                 return values
 
             with nn.intercept_methods(record):
-                return self.model.apply({"params": params}, images, noise), returned
+                output = self.model.apply({"params": params}, images, noise)
+            assert isinstance(output, mae.Output)
+            return output, returned
 
         return jax.jit(recorded)(self.params, self.images, self.noise)
 
     @cached_property
-    def gradients(self) -> dict[str, np.ndarray]:
+    def gradients(self) -> Tensors:
         """Of the first batch's loss, under the reference's names."""
 
         def gradients(params: Any, images: jax.Array, noise: jax.Array) -> Any:
@@ -162,33 +165,31 @@ class Ours:
 
         return to_fair(jax.jit(gradients)(self.params, self.images, self.noise), self.config)
 
-    @cached_property
     def engine(self) -> engines.PmapEngine:
-        """The real step, over two devices where there are two."""
+        """The step as it is run, over two devices where there are two."""
         devices = jax.local_devices()[:2]
         make_step = partial(steps.make_step, self.run_config, steps_per_epoch=STEPS_PER_EPOCH, epochs=EPOCHS)
         return engines.pmap_engine(lambda axis: make_step(axis_name=axis), devices, self.run_config.batch_size, 1)
 
-    def first_state(self) -> steps.TrainState:
-        """The state before the first update, on the engine's devices."""
-        # A copy: the step is given its state's memory, and these weights are still needed.
-        params = jax.tree.map(jnp.copy, self.params)
+    def first_state(self, params: Params) -> steps.TrainState:
+        """The state before the first update."""
+        # A copy: the step takes its state's memory, and these weights are still needed.
+        params = jax.tree.map(jnp.copy, params)
         optimizer = optimizers.adamw_direction(self.run_config.optim).init(params)
-        return self.engine.place(steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer, average=None))
-
-    def batch(self, step: int) -> steps.Batch:
-        return self.engine.put(steps.Batch(self.bytes[step], self.positions[step]))
+        return steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer, average=None)
 
     @cached_property
-    def run(self) -> tuple[dict[str, np.ndarray], list[steps.Metrics], dict[str, np.ndarray]]:
+    def run(self) -> tuple[Tensors, list[steps.Metrics], Tensors]:
         """The training run: raw gradients of its first step, metrics of every step, final weights.
 
         AdamW's first moment after one update is (1 - beta1) times the gradient that the devices agreed on.
         """
-        state, metrics = self.first_state(), []
-        gradients = {}
+        engine = self.engine()
+        state, metrics, gradients = engine.place(self.first_state(self.params)), [], {}
         for step in range(STEPS):
-            state, measured = self.engine.step(state, self.batch(step))
+            state, measured = engine.step(
+                state, engine.put(steps.Batch(jnp.asarray(self.bytes[step]), jnp.asarray(self.positions[step])))
+            )
             metrics.append(jax.device_get(measured))
             if step == 0:
                 moments = optax.tree_utils.tree_get(state.optimizer, "mu")

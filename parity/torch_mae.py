@@ -138,7 +138,8 @@ def grid_order(noise: list[float], grid: tuple[int, int], stride: int) -> list[i
     rows, columns = grid
     cell = noise[: stride * stride]
     offset = divmod(cell.index(min(cell)), stride)
-    kept, hidden = [], []
+    kept: list[int] = []
+    hidden: list[int] = []
     for y in range(rows):
         for x in range(columns):
             stays = (y % stride, x % stride) == offset
