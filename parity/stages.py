@@ -199,9 +199,9 @@ def decoder_input(ours: Ours, reference: Reference) -> Pairs:
     given = unshuffled(ours.config, theirs["latent"], shuffle)
     embedded = ours.model.apply({"params": ours.params}, given, mask, method=lambda m, *args: m.decoder.embed(*args))
     passed = ours.forward[1]["decoder.embed"]
-    for name, kind, tokens in (("same input", "stage", embedded), ("whole pass", "forward", passed)):
-        restored = unshuffled(ours.config, tokens, theirs["ids_restore"])
-        yield Pair("decoder input", name, restored, theirs["decoder.input"], kind)
+    embedded, passed = (unshuffled(ours.config, tokens, theirs["ids_restore"]) for tokens in (embedded, passed))
+    yield Pair("decoder input", "same input", embedded, theirs["decoder.input"], "stage")
+    yield Pair("decoder input", "whole pass", passed, theirs["decoder.input"], "forward")
 
 
 def decoder_blocks(ours: Ours, reference: Reference) -> Pairs:
