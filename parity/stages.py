@@ -199,9 +199,9 @@ def decoder_input(ours: Ours, reference: Reference) -> Pairs:
     given = unshuffled(ours.config, theirs["latent"], shuffle)
     embedded = ours.model.apply({"params": ours.params}, given, mask, method=lambda m, *args: m.decoder.embed(*args))
     passed = ours.forward[1]["decoder.embed"]
-    embedded, passed = (unshuffled(ours.config, tokens, theirs["ids_restore"]) for tokens in (embedded, passed))
-    yield Pair("decoder input", "same input", embedded, theirs["decoder.input"], "stage")
-    yield Pair("decoder input", "whole pass", passed, theirs["decoder.input"], "forward")
+    in_image_order = partial(unshuffled, ours.config, ids_restore=theirs["ids_restore"])
+    yield Pair("decoder input", "same input", in_image_order(embedded), theirs["decoder.input"], "stage")
+    yield Pair("decoder input", "whole pass", in_image_order(passed), theirs["decoder.input"], "forward")
 
 
 def decoder_blocks(ours: Ours, reference: Reference) -> Pairs:
@@ -272,8 +272,8 @@ def gradients(ours: Ours, reference: Reference) -> Pairs:
 
     (The key bias alone has gradient zero in exact arithmetic: its noise would be compared with noise.)
     """
-    for name, theirs in reference.gradients.items():
-        yield Pair(f"gradient {module_of(name)}", name, ours.gradients[name], theirs, "gradient")
+    for name in (entry.key for entry in entries(ours.config)):
+        yield Pair(f"gradient {module_of(name)}", name, ours.gradients[name], reference.gradients[name], "gradient")
 
 
 def module_of(name: str) -> str:
