@@ -39,6 +39,8 @@ def sincos1d(width: int, length: int) -> Table:
 def fixed_positions(kind: str, width: int, grid: tuple[int, int], class_token: bool) -> Table:
     """The table that a model adds to its tokens; the class token's row, in front, is zero.
 
+    Rounded to float32, as the authors store it: a float64 model adds the same values.
+
     Raises:
       ValueError: `kind` is not a frozen kind, or does not allow this width.
     """
@@ -48,4 +50,4 @@ def fixed_positions(kind: str, width: int, grid: tuple[int, int], class_token: b
         table = sincos1d(width, grid[0] * grid[1])
     else:
         raise ValueError(f"positions {kind!r} are not frozen (those that are: sincos2d, sincos1d)")
-    return np.concatenate([np.zeros((int(class_token), width)), table])
+    return np.concatenate([np.zeros((int(class_token), width)), table]).astype(np.float32)
