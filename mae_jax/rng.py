@@ -37,8 +37,9 @@ def example_uniforms(key: "jax.Array", positions: "jax.Array | np.ndarray", coun
     A row depends on `key` and its own position alone, not on the rest of the batch.
     """
     import jax
+    import jax.numpy as jnp
 
     def row(position: "jax.Array") -> "jax.Array":
         return jax.random.uniform(jax.random.fold_in(key, position), (count,), dtype="float32")
 
-    return jax.vmap(row)(positions)
+    return jax.vmap(row)(jnp.asarray(positions))
