@@ -28,10 +28,10 @@ EPOCHS = 4.0
 
 def run_config(model: ModelConfig, batch_size: int, seed: int) -> PretrainConfig:
     """The training run: a large rate, a warm-up and a decay within its 20 steps."""
-    grey = (0.5,) * model.in_channels
+    channels = range(model.in_channels)
     return PretrainConfig(
         model=model,
-        augment=AugmentConfig(mean=grey, std=(0.25,) * model.in_channels),
+        augment=AugmentConfig(mean=tuple(0.4 + 0.02 * c for c in channels), std=tuple(0.2 + 0.01 * c for c in channels)),
         optim=OptimConfig(base_lr=1e-3 * 256 / batch_size, min_lr=1e-5, warmup_epochs=1.4),
         batch_size=batch_size,
         epochs=EPOCHS,
@@ -84,8 +84,9 @@ class Reference:
     @cached_property
     def images(self) -> torch.Tensor:
         """Normalised images of all steps: (steps, B, C, H, W)."""
-        pixels = torch.from_numpy(self.bytes).to(getattr(torch, self.precision)).movedim(-1, 2)
-        return (pixels / 255 - 0.5) / 0.25
+        augment, dtype = self.run_config.augment, getattr(torch, self.precision)
+        mean, std = (torch.tensor(values, dtype=dtype) for values in (augment.mean, augment.std))
+        return ((torch.from_numpy(self.bytes).to(dtype) / 255 - mean) / std).movedim(-1, 2)
 
     @cached_property
     def output(self) -> torch_mae.Output:

@@ -259,7 +259,9 @@ def mixed_precision(ours: Ours, reference: Reference) -> Pairs:
     weights = draw_weights(torch_mae.MaskedAutoencoder(config), generator)
     params = jax.tree.map(np.float32, from_fair(weights, config))
     pixels, uniform = generator.standard_normal((2, 8, 8, 1)), generator.random((2, 16))
-    out = jax.jit(mae.MaskedAutoencoder(config).apply)({"params": params}, np.float32(pixels), np.float32(uniform))
+    model = mae.MaskedAutoencoder(config)
+    apply = jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))
+    out = apply(params, np.float32(pixels), np.float32(uniform))
     their_loss = np.square(np.asarray(out.pred, np.float64) - np.asarray(out.target, np.float64)).mean()
     yield Pair("mixed precision", "loss of its own prediction", out.loss, their_loss, "float32")
 
