@@ -43,15 +43,21 @@ def training_batches(
     no position moves.
 
     Raises:
-      StatedError: while iterating, that 64 files in a row do not decode, or that a worker process was killed.
+      StatedError: `stop_step` is beyond the 32-bit positions; or, while iterating, 64 files in a row do not decode, or
+        a worker process was killed.
     """
+    steps = rng.MAX_POSITION // config.batch_size
+    if stop_step is not None and stop_step > steps:
+        raise StatedError(
+            f"{stop_step} steps of batch_size {config.batch_size} pass position 2^32; {steps} are the most"
+        )
     order_seed = int(rng.host_generator(config.seed, "order", 0).integers(2**32))
-    order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
+    order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat(rng.MAX_POSITION // len(source) + 1)
     example = _Example(source, order, config.augment, config.model.image_hw, config.seed)
     part = part_size(config.batch_size)
     per_batch = config.batch_size // part
-    stop = None if stop_step is None else stop_step * per_batch
-    parts = order.map_with_index(example).batch(part)[start_step * per_batch : stop]
+    stop_step = steps if stop_step is None else stop_step
+    parts = order.map_with_index(example).batch(part)[start_step * per_batch : stop_step * per_batch]
     workers = default_workers(source.in_memory) if config.workers is None else config.workers
     height, width = config.model.image_hw
     return Batches(
@@ -91,7 +97,8 @@ class _Example:
 
     def _load(self, position: int, index: int) -> tuple[Image.Image, int]:
         """The image for `position`, and its index in the source."""
-        for shown in (self.order[position + skip] for skip in range(_REPLACEMENTS)):
+        for skip in range(_REPLACEMENTS):
+            shown = self.order[position + skip] if skip else index
             try:
                 return self.source.load(shown), shown
             except BrokenImage as error:

@@ -3,8 +3,11 @@
 import gc
 import math
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice, takewhile
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -55,18 +58,23 @@ class Batches(Iterator[B], Generic[B]):
 
         With 0 threads one thread reads, the one that also joins the batches.
         """
-        processes.reuse_decoder_memory()
+        processes.prepare_decoder()
         if workers:
             stream = _in_processes(parts, workers, math.ceil(parts_per_batch / workers), part_bytes)
         else:
-            options = grain.ReadOptions(threads, max(threads, 2 * parts_per_batch) if threads else 0)
+            options = grain.ReadOptions(threads, max(threads, parts_per_batch) if threads else 0)
             stream = parts.to_iter_dataset(options)
-        stream = stream.batch(parts_per_batch, batch_fn=join)
-        stream = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=1)
-        self._iterator: Any = iter(stream)
-        self._close = weakref.finalize(self, _end, self._iterator)  # also when it is dropped, and at exit
+        iterator = iter(stream)
+        joiner, stopping = ThreadPoolExecutor(1, "join-batches"), threading.Event()
+        self._close = weakref.finalize(self, _end, iterator, joiner, stopping)  # also when it is dropped, and at exit
+
+        def read() -> Future[B | None]:
+            return joiner.submit(_read_batch, iterator, parts_per_batch, join, stopping)
+
         with processes.signals_kept_from_children():
-            self._iterator.start_prefetch()
+            iterator.get_state()  # makes every worker's iterator, so that all start now and not each when it is due
+            iterator.start_prefetch()
+            self._batches = _one_ahead(read, read())
 
     def __next__(self) -> B:
         """The next batch.
@@ -75,10 +83,8 @@ class Batches(Iterator[B], Generic[B]):
           StatedError: a worker process has ended by itself, or the dataset says so.
           StopIteration: there are no more, or this is closed.
         """
-        if not self._close.alive:
-            raise StopIteration
         try:
-            return next(self._iterator)
+            return next(self._batches)
         except Exception as error:
             self.close()
             if (death := processes.death_of_worker(error)) is not None:
@@ -88,6 +94,7 @@ class Batches(Iterator[B], Generic[B]):
     def close(self) -> None:
         """End the threads and processes; waits for what they are doing, a part each."""
         self._close()
+        self._batches.close()  # lets go of Grain's iterators: at exit they would close themselves again, noisily
 
     def __enter__(self) -> Self:
         return self
@@ -98,7 +105,23 @@ class Batches(Iterator[B], Generic[B]):
         self.close()
 
 
-def _end(iterator: Any) -> None:
+def _one_ahead(read: Callable[[], Future[B | None]], coming: Future[B | None]) -> Generator[B, None, None]:
+    while (batch := coming.result()) is not None:
+        coming = read()
+        yield batch
+
+
+def _read_batch(
+    iterator: Iterator[Part], parts_per_batch: int, join: Callable[[list[Part]], B], stopping: threading.Event
+) -> B | None:
+    """The next batch; None if there is none, or nobody wants it any more."""
+    parts = list(takewhile(lambda part: not stopping.is_set(), islice(iterator, parts_per_batch)))
+    return join(parts) if parts and not stopping.is_set() else None
+
+
+def _end(iterator: Any, joiner: ThreadPoolExecutor, stopping: threading.Event) -> None:
+    stopping.set()
+    joiner.shutdown(cancel_futures=True)  # first: a Grain iterator that is closed under its reader leaves it waiting
     iterator.close()
     gc.collect()  # errors that ended Grain's threads, StopIteration among them, hold on to shared memory in cycles
 

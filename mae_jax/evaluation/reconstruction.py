@@ -1,7 +1,7 @@
 """Pictures of what a model makes of the patches that it does not see (He et al. 2021, Figures 2 and 3)."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from mae_jax import rng
 from mae_jax.config import AugmentConfig, ModelConfig
 from mae_jax.models.layers import wide
 from mae_jax.models.losses import patch_statistics
-from mae_jax.models.mae import MaskedAutoencoder
+from mae_jax.models.mae import MaskedAutoencoder, Output
 from mae_jax.models.masking import Noise
 from mae_jax.models.patches import patchify, unpatchify
 from mae_jax.train.steps import Params, normalise_images
@@ -38,10 +38,10 @@ def sample_noise(seed: int, count: int, config: ModelConfig) -> Noise:
 
 
 @partial(jax.jit, static_argnames=("model", "augment"))
-def _views(params: Params, images: Bytes, noise: Noise, model: ModelConfig, augment: AugmentConfig) -> dict[str, Array]:
+def _columns(params: Params, images: Bytes, noise: Noise, model: ModelConfig, augment: AugmentConfig) -> list[Bytes]:
     dtype = wide(model.dtype)
     pixels = normalise_images(images, augment, dtype)
-    output = MaskedAutoencoder(model).apply({"params": params}, pixels, noise)
+    output = cast(Output, MaskedAutoencoder(model).apply({"params": params}, pixels, noise))
     patches = patchify(pixels, model.patch_hw)
     hidden = output.mask[..., None].astype(dtype)
     mean, std = (jnp.asarray(values, dtype) for values in (augment.mean, augment.std))
@@ -51,16 +51,20 @@ def _views(params: Params, images: Bytes, noise: Noise, model: ModelConfig, augm
         return jnp.round(jnp.clip(unit, 0, 1) * 255).astype(jnp.uint8)
 
     grey = patchify(jnp.broadcast_to((HIDDEN_GREY - mean) / std, pixels.shape), model.patch_hw)
-    views = {"original": patches, "masked": jnp.where(hidden == 1, grey, patches)}
+    restored = [output.pred]
     if model.norm_pix_loss:
         centre, deviation = patch_statistics(patches)
-        restored = output.pred * deviation + centre
-        views |= {"raw prediction": output.pred, "denormalised*": restored}
-    else:
-        restored = output.pred
-        views |= {"reconstruction": restored}
-    views |= {"with visible*" if model.norm_pix_loss else "with visible": jnp.where(hidden == 1, restored, patches)}
-    return {caption: picture(patches) for caption, patches in views.items()}
+        restored.append(output.pred * deviation + centre)
+    columns = [patches, jnp.where(hidden == 1, grey, patches), *restored, jnp.where(hidden == 1, restored[-1], patches)]
+    return [picture(column) for column in columns]
+
+
+# A star marks what borrows from the truth; STAR says what.
+CAPTIONS = {
+    False: ("original", "masked", "reconstruction", "with visible"),
+    True: ("original", "masked", "raw prediction", "denormalised*", "with visible*"),
+}
+STAR = "* with the true mean and deviation of each patch, which the model does not predict"
 
 
 def reconstruct(
@@ -71,14 +75,8 @@ def reconstruct(
     A model of normalised pixels predicts no brightness: its raw prediction is shown as it is, and once more with the
     true mean and deviation of each patch, which the caption marks with a star.
     """
-    return [
-        View(caption, np.asarray(pictures))
-        for caption, pictures in _views(params, jnp.asarray(images), noise, model, augment).items()
-    ]
-
-
-# What the star in a caption means.
-STAR = "* with the true mean and deviation of each patch, which the model does not predict"
+    columns = _columns(params, jnp.asarray(images), noise, model, augment)
+    return [View(*pair) for pair in zip(CAPTIONS[model.norm_pix_loss], map(np.asarray, columns), strict=True)]
 
 
 def draw(views: list[View], title: str) -> Image.Image:

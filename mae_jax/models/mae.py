@@ -192,6 +192,12 @@ class MaskedAutoencoder(nn.Module):
             latent=self.in_image_order(latent, mask) if config.encoder_mask_tokens else latent,
         )
 
+    def encode(self, images: Float[Array, "batch height width channels"]) -> Tokens:
+        """The encoder's tokens with every patch visible: class token first, then the patches in image order."""
+        patches = patchify(images.astype(wide(self.config.dtype)), self.config.patch_hw)
+        ids = jnp.broadcast_to(jnp.arange(patches.shape[1]), patches.shape[:2])
+        return self.encoder(patches, Mask(ids, ids, jnp.zeros(ids.shape)))
+
     def target(self, patches: Patches) -> Patches:
         """What is to be predicted: pixels, or pixels normalised inside each patch."""
         return normalise_patches(patches) if self.config.norm_pix_loss else patches

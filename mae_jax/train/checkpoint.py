@@ -6,7 +6,6 @@ of every array, and a restored one must have the same.
 
 import contextlib
 import gc
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 from mae_jax.config import PretrainConfig
 from mae_jax.errors import StatedError
 from mae_jax.train.steps import Params, init_state
-from mae_jax.train.workdir import CHECKPOINTS, config_from_dict, config_to_dict
+from mae_jax.train.workdir import CHECKPOINTS, RECORD, config_to_dict, find_checkpoint, read_record
 
 Tree = TypeVar("Tree")
 
@@ -105,7 +104,7 @@ class Checkpoints:
             return
         record = {"config": config_to_dict(self._config), "fingerprint": fingerprint(state)}
         self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **{RECORD: ocp.args.JsonSave(record)})
         )
 
     def restore_latest(self, like: Tree, sharding: jax.sharding.Sharding, warn: Callable[[str], None]) -> Tree | None:
@@ -138,9 +137,9 @@ class Checkpoints:
         with _quiet_readers():
             restored = self._manager.restore(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()),
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), **{RECORD: ocp.args.JsonRestore()}),
             )
-        _check_fingerprint(restored["state"], restored["record"]["fingerprint"])
+        _check_fingerprint(restored["state"], restored[RECORD]["fingerprint"])
         return restored["state"]
 
     def _move_aside(self, step: int) -> None:
@@ -154,21 +153,6 @@ class Checkpoints:
         self._manager.close()
 
 
-def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """The folder of a checkpoint: the one given, or the newest of the run given.
-
-    Raises:
-      StatedError: there is none.
-    """
-    given = Path(run_or_checkpoint).absolute()
-    if (given / "state").is_dir():
-        return given
-    steps = [child for child in (given / CHECKPOINTS).glob("*") if child.name.isdigit() and (child / "state").is_dir()]
-    if not steps:
-        raise StatedError(f"{run_or_checkpoint} is neither a run with a checkpoint nor a checkpoint")
-    return max(steps, key=lambda child: int(child.name))
-
-
 def load_params(run_or_checkpoint: str | Path) -> tuple[PretrainConfig, Params, int]:
     """Configuration, parameters (their running average where the run keeps one) and step of a checkpoint.
 
@@ -178,9 +162,8 @@ def load_params(run_or_checkpoint: str | Path) -> tuple[PretrainConfig, Params, 
       StatedError: there is no checkpoint, or it cannot be read.
     """
     folder = find_checkpoint(run_or_checkpoint)
+    config, recorded = read_record(folder)
     try:
-        record = json.loads((folder / "record" / "metadata").read_text())
-        config = config_from_dict(record["config"], folder)
         kind = "params" if config.optim.ema_decay is None else "average"
         whole = _abstract(
             jax.eval_shape(lambda: init_state(config)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -194,12 +177,7 @@ def load_params(run_or_checkpoint: str | Path) -> tuple[PretrainConfig, Params, 
             )
             params = reader.restore(folder / "state", args=arguments)[kind]
         prefix = jax.tree_util.keystr((jax.tree_util.GetAttrKey(kind),))
-        recorded = {
-            key.removeprefix(prefix): value for key, value in record["fingerprint"].items() if key.startswith(prefix)
-        }
-        _check_fingerprint(params, recorded)
-    except StatedError:
-        raise
+        _check_fingerprint(params, {key.removeprefix(prefix): value for key, value in recorded.items()})
     except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
         raise StatedError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {error}") from error
     return config, params, int(folder.name)

@@ -16,7 +16,7 @@ import numpy as np
 from mae_jax import rng
 from mae_jax.config import PretrainConfig
 from mae_jax.data.broken import BrokenFiles
-from mae_jax.data.evaluation import evaluation_batches
+from mae_jax.data.evaluation import load_samples
 from mae_jax.data.pipeline import TrainingBatch, training_batches
 from mae_jax.data.sources import Source, open_source
 from mae_jax.errors import StatedError
@@ -69,7 +69,7 @@ def build_engine(config: PretrainConfig, length: Length) -> PmapEngine:
     Raises:
       StatedError: there are not so many devices, the batch does not divide, or float64 is not switched on.
     """
-    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+    if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise StatedError('precision float64 needs jax.config.update("jax_enable_x64", True) before the run')
     return pmap_engine(
         lambda axis: make_step(config, steps_per_epoch=length.steps_per_epoch, epochs=length.epochs, axis_name=axis),
@@ -132,7 +132,8 @@ class Run:
         self.unread: list[Metrics] = []  # of the steps since the last look, still on the device
         self.looked = time.perf_counter()
         self.waited = 0.0  # seconds since the last look that went by waiting for data
-        self.samples = self._samples()
+        image_hw = self.config.model.image_hw
+        self.samples = load_samples(self.source, range(len(self.source)), PICTURED, image_hw)
 
     def go(self, state: TrainState, start: int) -> Finished:
         """Run the steps from `start` to the end, or to a stop."""
@@ -205,12 +206,6 @@ class Run:
             },
         )
         self.looked, self.waited = now, 0.0
-
-    def _samples(self) -> np.ndarray:
-        with contextlib.closing(
-            evaluation_batches(self.source, self.config.model.image_hw, self.config.model.in_channels, PICTURED)
-        ) as batches:
-            return next(batch["image"] for batch in batches if len(batch["image"]))
 
     def _picture(self, step: int, state: TrainState) -> None:
         model = self.config.model

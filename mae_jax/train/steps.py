@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt, UInt8
 
@@ -24,8 +25,8 @@ Images = Float[Array, "batch height width channels"]
 class Batch(NamedTuple):
     """Images as they come, and the position of each in the stream of all examples."""
 
-    images: UInt8[Array, "batch height width channels"]
-    positions: UInt[Array, " batch"]
+    images: UInt8[Array | np.ndarray, "batch height width channels"]
+    positions: UInt[Array | np.ndarray, " batch"]
 
 
 class TrainState(NamedTuple):
@@ -48,10 +49,12 @@ class Metrics(NamedTuple):
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def normalise_images(images: UInt8[Array, "batch height width channels"], augment: AugmentConfig, dtype: str) -> Images:
+def normalise_images(
+    images: UInt8[Array | np.ndarray, "batch height width channels"], augment: AugmentConfig, dtype: str
+) -> Images:
     """Bytes to 0 .. 1, then by channel: (x - mean) / std."""
     mean, std = (jnp.asarray(values, dtype) for values in (augment.mean, augment.std))
-    return (images.astype(dtype) / 255 - mean) / std
+    return (jnp.asarray(images, dtype) / 255 - mean) / std
 
 
 def loss_and_gradients(

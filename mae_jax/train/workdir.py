@@ -13,6 +13,7 @@ from mae_jax.errors import StatedError
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+RECORD = "record"  # what a checkpoint says of itself: {"config": ..., "fingerprint": ...}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -60,6 +61,35 @@ def read_config(path: Path) -> PretrainConfig:
     if not isinstance(values, dict):
         raise StatedError(f"{path} holds {type(values).__name__}, not a configuration")
     return config_from_dict(values, path)
+
+
+def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
+    """The folder of a checkpoint: the one given, or the newest of the run given.
+
+    Raises:
+      StatedError: there is none.
+    """
+    given = Path(run_or_checkpoint).absolute()
+    if (given / RECORD).is_dir():
+        return given
+    steps = [child for child in (given / CHECKPOINTS).glob("*") if child.name.isdigit() and (child / RECORD).is_dir()]
+    if not steps:
+        raise StatedError(f"{run_or_checkpoint} is neither a run with a checkpoint nor a checkpoint")
+    return max(steps, key=lambda child: int(child.name))
+
+
+def read_record(checkpoint: Path) -> tuple[PretrainConfig, dict[str, int]]:
+    """The configuration of a checkpoint, and the fingerprint of each of its arrays.
+
+    Raises:
+      StatedError: the record is missing or damaged.
+    """
+    try:
+        record = json.loads((checkpoint / RECORD / "metadata").read_text())
+        config, fingerprint = record["config"], record["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StatedError(f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}") from error
+    return config_from_dict(config, checkpoint), fingerprint
 
 
 def differences(old: PretrainConfig, new: PretrainConfig) -> list[tuple[str, Any, Any]]:

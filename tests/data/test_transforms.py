@@ -1,0 +1,152 @@
+"""Crops against torchvision's algorithm, written out here, and against Pillow."""
+
+import math
+
+import numpy as np
+import pytest
+from conftest import photograph
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mae_jax.config import AugmentConfig
+from mae_jax.data.transforms import augment, center_crop, random_resized_crop_box, resized_crop, to_array
+from mae_jax.rng import host_generator
+
+PHOTO = Image.fromarray(photograph(90, 131))
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+
+
+def torchvision_params(draws, height, width, scale, ratio):
+    """RandomResizedCrop.get_params of torchvision 0.20 with its random numbers from `draws`: i, j, h, w."""
+    area = height * width
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    for _ in range(10):
+        target_area = area * draws.uniform(scale[0], scale[1])
+        aspect_ratio = math.exp(draws.uniform(log_ratio[0], log_ratio[1]))
+        w = int(round(math.sqrt(target_area * aspect_ratio)))  # noqa: RUF046
+        h = int(round(math.sqrt(target_area / aspect_ratio)))  # noqa: RUF046
+        if 0 < w <= width and 0 < h <= height:
+            i = int(draws.integers(0, height - h + 1))
+            j = int(draws.integers(0, width - w + 1))
+            return i, j, h, w
+    in_ratio = float(width) / float(height)
+    if in_ratio < min(ratio):
+        w = width
+        h = int(round(w / min(ratio)))  # noqa: RUF046
+    elif in_ratio > max(ratio):
+        h = height
+        w = int(round(h * max(ratio)))  # noqa: RUF046
+    else:
+        w = width
+        h = height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+sides = st.integers(1, 3000)
+
+
+@given(st.integers(0, 2**32 - 1), sides, sides)
+@example(0, 1, 1)
+@example(0, 1, 3000)
+@example(0, 3000, 1)
+def test_box_is_inside_and_torchvisions(seed: int, height: int, width: int) -> None:
+    left, top, right, bottom = random_resized_crop_box(np.random.default_rng(seed), height, width, SCALE, RATIO)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    expected = torchvision_params(np.random.default_rng(seed), height, width, SCALE, RATIO)
+    assert (top, left, bottom - top, right - left) == expected
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(50, 500), st.integers(50, 500))
+def test_box_keeps_scale_and_ratio(seed: int, height: int, width: int) -> None:
+    left, top, right, bottom = random_resized_crop_box(np.random.default_rng(seed), height, width, SCALE, RATIO)
+    w, h = right - left, bottom - top
+    if 3 / 4 < width / height < 4 / 3:  # else the fallback may be smaller
+        assert 0.2 * height * width - (w + h) / 2 - 1 <= w * h <= height * width
+    assert (w + 0.5) / (h - 0.5) >= 3 / 4
+    assert (w - 0.5) / (h + 0.5) <= 4 / 3
+
+
+def test_box_is_spread_evenly() -> None:
+    boxes = np.array(
+        [random_resized_crop_box(host_generator(1, "crop", i), 400, 400, SCALE, RATIO) for i in range(4000)]
+    )
+    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert abs(np.mean(boxes[:, 0] + boxes[:, 2]) / 2 - 200) < 3
+    assert abs(np.mean(boxes[:, 1] + boxes[:, 3]) / 2 - 200) < 3
+    assert abs(np.mean(np.log(w / h))) < 0.01
+    assert 0.2 <= np.min(w * h) / 160_000 < 0.21
+
+
+def test_a_long_image_falls_back_to_its_middle() -> None:
+    assert random_resized_crop_box(np.random.default_rng(0), 10, 1000, (1, 1), RATIO) == (493, 0, 506, 10)
+    assert random_resized_crop_box(np.random.default_rng(0), 1000, 10, (1, 1), RATIO) == (0, 493, 10, 506)
+
+
+@pytest.mark.parametrize("image_hw", [(32, 32), (16, 48), (200, 100)])
+def test_resized_crop_is_pillows(image_hw: tuple[int, int]) -> None:
+    box = (11, 5, 101, 77)
+    expected = PHOTO.crop(box).resize((image_hw[1], image_hw[0]), Image.BICUBIC)
+    assert to_array(resized_crop(PHOTO, box, image_hw)).tobytes() == np.asarray(expected).tobytes()
+    assert to_array(resized_crop(PHOTO, box, image_hw)).shape == (*image_hw, 3)
+
+
+def test_shrinking_is_antialiased() -> None:
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255
+    small = to_array(resized_crop(Image.fromarray(stripes), (0, 0, 64, 64), (8, 8)))
+    assert np.abs(small.astype(int) - 127.5).max() < 10
+
+
+def test_nothing_is_resampled_where_the_size_fits() -> None:
+    whole = (0, 0, *PHOTO.size)
+    assert (to_array(resized_crop(PHOTO, whole, (90, 131))) == np.asarray(PHOTO)).all()
+    assert (to_array(center_crop(PHOTO, (90, 131))) == np.asarray(PHOTO)).all()
+    assert (to_array(center_crop(PHOTO, (90, 90))) == np.asarray(PHOTO)[:, 20:110]).all()
+
+
+@given(sides, sides, st.sampled_from([(8, 8), (8, 20), (24, 10)]))
+def test_center_crop_has_the_size(height: int, width: int, image_hw: tuple[int, int]) -> None:
+    assert to_array(center_crop(Image.new("L", (width, height)), image_hw)).shape == (*image_hw, 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 131), (131, 90), (60, 61), (33, 200)])
+def test_center_crop_is_torchvisions(height: int, width: int) -> None:
+    image = Image.fromarray(photograph(height, width))
+    size = 32
+    short, long = min(height, width), max(height, width)
+    resized_long = int(size * long / short)
+    new_w, new_h = (size, resized_long) if width <= height else (resized_long, size)
+    whole = np.asarray(image.resize((new_w, new_h), Image.BICUBIC)).astype(int)
+    top, left = round((new_h - size) / 2.0), round((new_w - size) / 2.0)
+    expected = whole[top : top + size, left : left + size]
+    # The kernel's weights come out of the same numbers in another order: a rounding here and there.
+    assert np.abs(to_array(center_crop(image, (size, size))) - expected).max() <= 1
+
+
+def both(position: int) -> tuple[np.random.Generator, np.random.Generator]:
+    return host_generator(0, "crop", position), host_generator(0, "flip", position)
+
+
+def test_augment_is_the_crop_and_then_the_flip() -> None:
+    config = AugmentConfig()
+    flipped = 0
+    for position in range(40):
+        box = random_resized_crop_box(host_generator(0, "crop", position), 90, 131, config.scale, config.ratio)
+        crop = to_array(resized_crop(PHOTO, box, (24, 24)))
+        image = augment(PHOTO, config, (24, 24), *both(position))
+        mirrored = host_generator(0, "flip", position).random() < 0.5
+        flipped += mirrored
+        assert (image == (crop[:, ::-1] if mirrored else crop)).all()
+        assert (augment(PHOTO, config, (24, 24), *both(position)) == image).all()
+    assert 10 < flipped < 30
+
+
+def test_no_augmentation() -> None:
+    config = AugmentConfig(crop="center", flip=False)
+    assert (augment(PHOTO, config, (24, 24), *both(3)) == to_array(center_crop(PHOTO, (24, 24)))).all()
+
+
+def test_grey_has_one_channel() -> None:
+    assert augment(PHOTO.convert("L"), AugmentConfig(), (24, 16), *both(3)).shape == (24, 16, 1)
