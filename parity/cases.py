@@ -31,7 +31,9 @@ def run_config(model: ModelConfig, batch_size: int, seed: int) -> PretrainConfig
     channels = range(model.in_channels)
     return PretrainConfig(
         model=model,
-        augment=AugmentConfig(mean=tuple(0.4 + 0.02 * c for c in channels), std=tuple(0.2 + 0.01 * c for c in channels)),
+        augment=AugmentConfig(
+            mean=tuple(0.4 + 0.02 * c for c in channels), std=tuple(0.2 + 0.01 * c for c in channels)
+        ),
         optim=OptimConfig(base_lr=1e-3 * 256 / batch_size, min_lr=1e-5, warmup_epochs=1.4),
         batch_size=batch_size,
         epochs=EPOCHS,
@@ -72,8 +74,9 @@ class Reference:
         self.noise = self._noise()
 
         self.model = torch_mae.MaskedAutoencoder(self.config).to(getattr(torch, precision))
-        self.weights = {name: values.astype(precision) for name, values in draw_weights(self.model, generator).items()}
-        self.model.load_state_dict({name: torch.from_numpy(values) for name, values in self.weights.items()})
+        weights = draw_weights(self.model, generator)
+        self.model.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
+        self.weights = {name: p.detach().numpy() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _noise(self) -> np.ndarray:
         """The noise of every step (steps, B, L), each example's row drawn alone."""
@@ -89,20 +92,23 @@ class Reference:
         return ((torch.from_numpy(self.bytes).to(dtype) / 255 - mean) / std).movedim(-1, 2)
 
     @cached_property
-    def output(self) -> torch_mae.Output:
-        return self.model(self.images[0], torch.from_numpy(self.noise[0]))
-
-    @cached_property
-    def stages(self) -> Tensors:
-        """Every intermediate of the first batch's forward pass."""
-        return {name: values.detach().numpy() for name, values in self.output.stages.items()}
-
-    @cached_property
-    def gradients(self) -> Tensors:
-        """Of the first batch's loss."""
+    def first_pass(self) -> tuple[Tensors, Tensors]:
+        """Every intermediate of the first batch's forward pass, and the gradient of its loss."""
+        stages = self.model(self.images[0], torch.from_numpy(self.noise[0])).stages
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        values = torch.autograd.grad(self.output.loss, list(parameters.values()), retain_graph=True)
-        return {name: value.numpy() for name, value in zip(parameters, values, strict=True)}
+        gradients = torch.autograd.grad(stages["loss"], list(parameters.values()))
+        return (
+            {name: values.detach().numpy() for name, values in stages.items()},
+            {name: values.numpy() for name, values in zip(parameters, gradients, strict=True)},
+        )
+
+    @property
+    def stages(self) -> Tensors:
+        return self.first_pass[0]
+
+    @property
+    def gradients(self) -> Tensors:
+        return self.first_pass[1]
 
     @cached_property
     def rates(self) -> list[float]:
@@ -157,11 +163,10 @@ class Ours:
 
         return jax.jit(recorded)(self.params, self.images, self.noise)
 
-    @cached_property
     def gradients(self) -> Tensors:
         """Of the first batch's loss, under the reference's names."""
 
-        def gradients(params: Any, images: jax.Array, noise: jax.Array) -> Any:
+        def gradients(params: Params, images: jax.Array, noise: jax.Array) -> Params:
             return steps.loss_and_gradients(self.model, params, images, noise)[1]
 
         return to_fair(jax.jit(gradients)(self.params, self.images, self.noise), self.config)
