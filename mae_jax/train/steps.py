@@ -114,7 +114,7 @@ def make_step(config: PretrainConfig, *, steps_per_epoch: float, epochs: float, 
         average = state.average
         if config.optim.ema_decay is not None:
             average = optax.incremental_update(params, average, step_size=1 - config.optim.ema_decay)
-        metrics = Metrics(loss=loss, grad_norm=optax.global_norm(grads), learning_rate=rate)
+        metrics = Metrics(loss=loss, grad_norm=optax.tree.norm(grads), learning_rate=rate)
         return TrainState(state.step + 1, params, optimizer, average), metrics
 
     return step
