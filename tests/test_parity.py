@@ -13,9 +13,9 @@ import torch
 from mae_jax.config import MODELS, ModelConfig, TransformerConfig
 from parity import __main__ as command
 from parity import compare, tolerances
-from parity.cases import Reference
 from parity.compare import Pair
 from parity.models import SMALL
+from parity.reference import Reference
 from parity.stages import STAGES, run
 
 ENCODER, DECODER = TransformerConfig(32, 2, 2), TransformerConfig(24, 1, 3)

@@ -19,8 +19,8 @@ from mae_jax import rng
 from mae_jax.config import ModelConfig, TransformerConfig
 from mae_jax.models import layers, losses, mae, masking, patches, positions
 from mae_jax.train import optimizers
-from parity.cases import STEPS_PER_EPOCH, Reference
 from parity.compare import Result
+from parity.reference import STEPS_PER_EPOCH, Reference
 from parity.stages import run
 
 ENCODER, DECODER = TransformerConfig(16, 1, 2), TransformerConfig(12, 1, 3)
