@@ -66,7 +66,6 @@ class Batches(Iterator[B], Generic[B]):
             stream = parts.to_iter_dataset(options)
         iterator = iter(stream)
         joiner, stopping = ThreadPoolExecutor(1, "join-batches"), threading.Event()
-        self._close = weakref.finalize(self, _end, iterator, joiner, stopping)  # also when it is dropped, and at exit
 
         def read() -> Future[B | None]:
             return joiner.submit(_read_batch, iterator, parts_per_batch, join, stopping)
@@ -75,6 +74,8 @@ class Batches(Iterator[B], Generic[B]):
             iterator.get_state()  # makes every worker's iterator, so that all start now and not each when it is due
             iterator.start_prefetch()
             self._batches = _one_ahead(read, read())
+        # Also when this is dropped, and at exit.
+        self._close = weakref.finalize(self, _end, self._batches, iterator, joiner, stopping)
 
     def __next__(self) -> B:
         """The next batch.
@@ -94,7 +95,6 @@ class Batches(Iterator[B], Generic[B]):
     def close(self) -> None:
         """End the threads and processes; waits for what they are doing, a part each."""
         self._close()
-        self._batches.close()  # lets go of Grain's iterators: at exit they would close themselves again, noisily
 
     def __enter__(self) -> Self:
         return self
@@ -119,10 +119,11 @@ def _read_batch(
     return join(parts) if parts and not stopping.is_set() else None
 
 
-def _end(iterator: Any, joiner: ThreadPoolExecutor, stopping: threading.Event) -> None:
+def _end(batches: Generator, iterator: Any, joiner: ThreadPoolExecutor, stopping: threading.Event) -> None:
     stopping.set()
     joiner.shutdown(cancel_futures=True)  # first: a Grain iterator that is closed under its reader leaves it waiting
     iterator.close()
+    batches.close()  # lets go of Grain's iterator, which would close itself again at exit, noisily
     gc.collect()  # errors that ended Grain's threads, StopIteration among them, hold on to shared memory in cycles
 
 

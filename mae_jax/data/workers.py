@@ -4,6 +4,7 @@ Grain starts them; what it leaves open is closed here. They ignore the terminal'
 group, which are the main process's to answer, and they leave when it is gone, however it went.
 """
 
+import atexit
 import multiprocessing
 import os
 import re
@@ -53,6 +54,9 @@ def initialize_worker(index: int, count: int) -> None:
     """Runs first in each worker process."""
     del index, count
     prepare_decoder()
+    # Leave at once when the work is done: taking Python and what Grain has imported apart takes half a second. Never
+    # with code 0, which Grain would not see as an end that nobody asked for.
+    atexit.register(os._exit, 1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
