@@ -14,14 +14,13 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 
 from PIL import Image
 
 from mae_jax.errors import StatedError
 
-_MOST = 16
-_SHARED_MEMORY = "/dev/shm"
+_MOST = 16  # of the default, for a machine with many cores and other users
+SHARED_MEMORY = "/dev/shm"
 
 
 def available_cores() -> int:
@@ -29,13 +28,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_workers(in_memory: bool) -> int:
-    """Worker processes for a source: none for one in memory, else one a core up to 16."""
-    return 0 if in_memory else min(available_cores(), _MOST)
+def default_readers(in_memory: bool) -> int:
+    """Worker processes, or threads in their place: none for a source in memory, else one a core up to 16.
 
-
-def default_threads(in_memory: bool) -> int:
-    """Threads that take the place of worker processes; Pillow lets others run while it decodes and resizes."""
+    Threads are no bad choice: Pillow lets others run while it decodes and resizes.
+    """
     return 0 if in_memory else min(available_cores(), _MOST)
 
 
@@ -74,7 +71,6 @@ def signals_kept_from_children() -> Iterator[None]:
     They inherit the blocked mask. A handler set in the worker would come too late: Ctrl-C during its imports, which
     take a second, would print a traceback for each worker.
     """
-    resource_tracker.ensure_running()  # else it starts with the first worker and unblocks both
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -84,7 +80,7 @@ def signals_kept_from_children() -> Iterator[None]:
 
 def shared_memory_holds(size: int) -> bool:
     """Whether `size` bytes fit into shared memory; containers often have 64 MB, and running over kills a worker."""
-    return not os.path.isdir(_SHARED_MEMORY) or size < shutil.disk_usage(_SHARED_MEMORY).free
+    return not os.path.isdir(SHARED_MEMORY) or size < shutil.disk_usage(SHARED_MEMORY).free
 
 
 def death_of_worker(error: Exception) -> StatedError | None:
