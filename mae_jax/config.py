@@ -100,6 +100,10 @@ class ModelConfig:
                 raise ValueError(
                     f"{stack}.width {width} is not divisible by {divisor}, which positions {self.positions} needs"
                 )
+        if self.norm_pix_loss and self.patch_dim < 2:
+            raise ValueError(f"norm_pix_loss needs 2 values in a patch or more, patch_size {self.patch_size} gives 1")
+        if self.masking == "block" and self.num_patches < 4:
+            raise ValueError(f"masking block needs 4 patches or more, this model has {self.num_patches}")
         if self.masking == "grid":
             self._check_grid_masking()
 
@@ -109,7 +113,7 @@ class ModelConfig:
         if stride < 2 or rows % stride or columns % stride or rows * columns // stride**2 != self.keep:
             raise ValueError(
                 f"mask_ratio {self.mask_ratio} with masking grid on {rows} x {columns} patches: "
-                "it keeps one patch of every s x s, so the ratio must be 1 - 1/s^2 (0.75, 0.9375 ...) and s divide both sides"
+                "it keeps one patch of every s x s, so the ratio must be 1 - 1/s^2 (0.75, 0.9375 ...) and s divide both"
             )
 
     @property

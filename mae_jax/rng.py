@@ -31,14 +31,15 @@ def device_key(seed: int, stream: str) -> "jax.Array":
     return jax.random.fold_in(jax.random.key(seed), STREAMS[stream])
 
 
-def example_uniforms(key: "jax.Array", positions: "jax.Array", count: int) -> "jax.Array":
+def example_uniforms(key: "jax.Array", positions: "jax.Array | np.ndarray", count: int) -> "jax.Array":
     """`count` uniforms in [0, 1) for each position: (batch,) uint32 to (batch, count) float32.
 
     A row depends on `key` and its own position alone, not on the rest of the batch.
     """
     import jax
+    import jax.numpy as jnp
 
     def row(position: "jax.Array") -> "jax.Array":
         return jax.random.uniform(jax.random.fold_in(key, position), (count,), dtype="float32")
 
-    return jax.vmap(row)(positions)
+    return jax.vmap(row)(jnp.asarray(positions))

@@ -1,6 +1,7 @@
 """Images as an evaluation sees them: every one once, in the source's order, the middle cut out."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -51,6 +52,23 @@ def load_images(files: Sequence[str], image_hw: tuple[int, int], in_channels: in
     except BrokenImage as error:
         raise StatedError(f"{error}. Give image files that can be read.") from error
     return np.stack([to_array(center_crop(image, image_hw)) for image in images])
+
+
+def load_samples(source: Source, order: Iterable[int], count: int, image_hw: tuple[int, int]) -> np.ndarray:
+    """The first `count` images of `source`, in the given order of indices, that decode: uint8, centre crops.
+
+    Raises:
+      StatedError: none of them does.
+    """
+    images: list[np.ndarray] = []
+    for index in order:
+        with contextlib.suppress(BrokenImage):
+            images.append(to_array(center_crop(source.load(index), image_hw)))
+        if len(images) == count:
+            break
+    if not images:
+        raise StatedError(f"no image decodes, {source.name(0)} the first of them")
+    return np.stack(images)
 
 
 @dataclass(frozen=True)

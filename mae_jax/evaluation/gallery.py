@@ -1,0 +1,60 @@
+"""The picture that `mae-jax reconstruct` writes."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mae_jax import rng
+from mae_jax.config import PretrainConfig
+from mae_jax.data.evaluation import load_images, load_samples
+from mae_jax.data.sources import open_source
+from mae_jax.errors import StatedError
+from mae_jax.evaluation.reconstruction import draw, reconstruct, sample_noise
+from mae_jax.train.checkpoint import load_params
+
+
+def reconstruction_sheet(
+    run: Path, files: Sequence[str], *, mask_ratio: float | None = None, seed: int = 0, samples: int = 8
+) -> Image.Image:
+    """Reconstructions of the given image files, or of `samples` images of the data that the run was trained on.
+
+    Raises:
+      StatedError: no checkpoint, a file does not decode, or the mask ratio does not fit the model.
+    """
+    config, params, step = load_params(run)
+    model = config.model
+    if mask_ratio is not None:
+        try:
+            model = dataclasses.replace(model, mask_ratio=mask_ratio)
+        except ValueError as error:
+            raise StatedError(str(error)) from error
+    images = load_images(files, model.image_hw, model.in_channels) if files else _samples(config, seed, samples)
+    views = reconstruct(params, images, sample_noise(seed, len(images), model), model, config.augment)
+    return draw(views, f"{config.data}, step {step}, {1 - model.keep / model.num_patches:.1%} of patches hidden")
+
+
+def _samples(config: PretrainConfig, seed: int, count: int) -> np.ndarray:
+    source = open_source(config.data, config.model.in_channels)
+    if not 1 <= count <= len(source):
+        raise StatedError(f"samples {count} is not in 1 .. {len(source)}, the images of {config.data}")
+    order = rng.host_generator(seed, "samples", 0).permutation(len(source))
+    return load_samples(source, order.tolist(), count, config.model.image_hw)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all.
+
+    Raises:
+      StatedError: the ending names no picture format, or the folder cannot be written to.
+    """
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        picture.save(beside)
+        os.replace(beside, path)
+    except (ValueError, OSError) as error:
+        beside.unlink(missing_ok=True)
+        raise StatedError(f"out {path} cannot be written: {error}") from error

@@ -1,0 +1,208 @@
+"""The masked autoencoder: an encoder that sees the visible patches, a light decoder that predicts the hidden ones.
+
+He et al. 2021, section 3. Two things are done in another order than the text tells them, with the same result:
+
+- Visible patches are picked from the pixels, before the projection: it runs on a quarter of them.
+- The decoder does not unshuffle its tokens. Attention does not know their order, positions alone tell it, so the
+  decoder works on [visible, hidden] with the rows of its position table shuffled alike. The hidden patches are then
+  a slice, and no activation is ever gathered or scattered.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mae_jax.config import ModelConfig
+from mae_jax.models.layers import LayerNorm, Tokens, block_class, dense, wide
+from mae_jax.models.losses import Patches, normalise_patches, patch_errors
+from mae_jax.models.masking import Ids, Mask, Noise, make_mask
+from mae_jax.models.patches import patchify
+from mae_jax.models.positions import fixed_positions
+
+token_init = nn.initializers.normal(0.02)
+
+
+class Output(NamedTuple):
+    """What the model computes; in a compiled function what is not used is not computed.
+
+    latent: the encoder's tokens, class token first, then the visible patches in the order of ids_shuffle
+      (all patches in image order where the encoder sees mask tokens).
+    pred, target, mask: every patch, in image order; mask is 1 where a patch was hidden.
+    """
+
+    loss: Float[Array, ""]
+    pred: Patches
+    target: Patches
+    mask: Float[Array, "batch patches"]
+    ids_restore: Ids
+    latent: Tokens
+
+
+def pick(rows: Float[Array, "batch rows values"], ids: Int[Array, "batch ids"]) -> Float[Array, "batch ids values"]:
+    """The rows of each example that its ids name."""
+    return jnp.take_along_axis(rows, ids[..., None], axis=1, mode="promise_in_bounds")
+
+
+def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
+    """U(-fan_in^-1/2, fan_in^-1/2): torch's default for a convolution, which the authors leave on the projection."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return init
+
+
+def positions(module: nn.Module, config: ModelConfig, width: int) -> Float[Array, "tokens width"]:
+    """The position table of an encoder or decoder; the learned one is its parameter `pos_embed` (1, tokens, width)."""
+    dtype = wide(config.dtype)
+    if config.positions == "learned":
+        shape = (1, config.num_patches + config.class_token, width)
+        return module.param("pos_embed", token_init, shape, dtype)[0]
+    return jnp.asarray(fixed_positions(config.positions, width, config.grid, config.class_token), dtype)
+
+
+class Encoder(nn.Module):
+    """Patch projection and positions, blocks, LayerNorm."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config, stack = self.config, self.config.encoder
+        self.patch_embed = dense(stack.width, config.dtype, bias_init=uniform_bias(config.patch_dim))
+        if config.class_token:
+            self.cls_token = self.param("cls_token", token_init, (1, 1, stack.width), wide(config.dtype))
+        if config.encoder_mask_tokens:
+            self.mask_token = self.param("mask_token", token_init, (1, 1, stack.width), wide(config.dtype))
+        self.position_table = positions(self, config, stack.width)
+        self.block = [block_class(config.remat)(stack, config.dtype) for _ in range(stack.depth)]
+        self.norm = LayerNorm(config.dtype)
+
+    def embed(self, visible: Patches, mask: Mask) -> Tokens:
+        """Visible patches to tokens with positions, in the order of ids_shuffle, the class token in front."""
+        config = self.config
+        tokens = self.patch_embed(visible).astype(wide(config.dtype))
+        if config.encoder_mask_tokens:
+            tokens = append_token(tokens, self.mask_token, config.num_patches)
+        return with_positions(tokens, self.position_table, mask, self.cls_token if config.class_token else None)
+
+    def __call__(self, visible: Patches, mask: Mask) -> Tokens:
+        x = self.embed(visible, mask)
+        for block in self.block:
+            x = block(x)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """Projection to its own width, mask tokens for the hidden patches, blocks, LayerNorm, prediction of pixels."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config, stack = self.config, self.config.decoder
+        self.embed_latent = dense(stack.width, config.dtype, name="embed")
+        if not config.encoder_mask_tokens:
+            self.mask_token = self.param("mask_token", token_init, (1, 1, stack.width), wide(config.dtype))
+        self.position_table = positions(self, config, stack.width)
+        self.block = [block_class(config.remat)(stack, config.dtype) for _ in range(stack.depth)]
+        self.norm = LayerNorm(config.dtype)
+        self.pred = dense(config.patch_dim, config.dtype)
+
+    def embed(self, latent: Tokens, mask: Mask) -> Tokens:
+        """The encoder's tokens and the mask tokens, with positions, in the order of ids_shuffle, class token first."""
+        config = self.config
+        tokens = self.embed_latent(latent).astype(wide(config.dtype))
+        first = tokens[:, :1] if config.class_token else None
+        tokens = tokens[:, int(config.class_token) :]
+        if not config.encoder_mask_tokens:
+            tokens = append_token(tokens, self.mask_token, config.num_patches)
+        return with_positions(tokens, self.position_table, mask, first)
+
+    def __call__(self, latent: Tokens, mask: Mask) -> Tokens:
+        """Every patch's token after the blocks, in the order of ids_shuffle, without the class token."""
+        x = self.embed(latent, mask)
+        for block in self.block:
+            x = block(x)
+        return x[:, int(self.config.class_token) :]
+
+    def predict(self, tokens: Tokens) -> Patches:
+        """Tokens after the blocks to pixels."""
+        return self.pred(self.norm(tokens)).astype(wide(self.config.dtype))
+
+
+def append_token(tokens: Tokens, token: Float[Array, "1 1 width"], length: int) -> Tokens:
+    """Tokens, followed by `token` up to `length`."""
+    batch, count, width = tokens.shape
+    return jnp.concatenate([tokens, jnp.broadcast_to(token, (batch, length - count, width))], axis=1)
+
+
+def with_positions(
+    tokens: Tokens, table: Float[Array, "rows width"], mask: Mask, first: Float[Array, "_ 1 width"] | None
+) -> Tokens:
+    """Add each patch's row of the table; put the class token, with its own row, in front if there is one."""
+    patch_rows = table if first is None else table[1:]
+    tokens = tokens + patch_rows[mask.ids_shuffle[:, : tokens.shape[1]]]
+    if first is None:
+        return tokens
+    first = jnp.broadcast_to(first + table[0], (tokens.shape[0], 1, tokens.shape[2]))
+    return jnp.concatenate([first, tokens], axis=1)
+
+
+class MaskedAutoencoder(nn.Module):
+    """Images and mask noise to a loss and all that led to it.
+
+    `model.init(key, images, noise)["params"]`, then `model.apply({"params": params}, images, noise)`.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def __call__(self, images: Float[Array, "batch height width channels"], noise: Noise) -> Output:
+        """Normalised images, and noise of one row of L values an example, to `Output`.
+
+        Raises:
+          ValueError: images or noise do not have the shape that the configuration says.
+        """
+        config = self.config
+        expected = (*config.image_hw, config.in_channels), (config.num_patches,)
+        if (images.shape[1:], noise.shape[1:]) != expected:
+            raise ValueError(
+                f"images {images.shape} and noise {noise.shape} do not fit the configuration: "
+                f"a batch of {expected[0]} and of {expected[1]}"
+            )
+        patches = patchify(images.astype(wide(config.dtype)), config.patch_hw)
+        mask = make_mask(noise, config)
+        shuffled = pick(patches, mask.ids_shuffle)
+        latent = self.encoder(shuffled[:, : config.keep], mask)
+        decoded = self.decoder(latent, mask)
+
+        counted = slice(config.keep if config.loss_on == "hidden" else 0, None)
+        loss = patch_errors(self.decoder.predict(decoded[:, counted]), self.target(shuffled[:, counted])).mean()
+        return Output(
+            loss=loss,
+            pred=pick(self.decoder.predict(decoded), mask.ids_restore),
+            target=self.target(patches),
+            mask=mask.hidden,
+            ids_restore=mask.ids_restore,
+            latent=self.in_image_order(latent, mask) if config.encoder_mask_tokens else latent,
+        )
+
+    def encode(self, images: Float[Array, "batch height width channels"]) -> Tokens:
+        """The encoder's tokens with every patch visible: class token first, then the patches in image order."""
+        patches = patchify(images.astype(wide(self.config.dtype)), self.config.patch_hw)
+        ids = jnp.broadcast_to(jnp.arange(patches.shape[1]), patches.shape[:2])
+        return self.encoder(patches, Mask(ids, ids, jnp.zeros(ids.shape)))
+
+    def target(self, patches: Patches) -> Patches:
+        """What is to be predicted: pixels, or pixels normalised inside each patch."""
+        return normalise_patches(patches) if self.config.norm_pix_loss else patches
+
+    def in_image_order(self, tokens: Tokens, mask: Mask) -> Tokens:
+        """Tokens of all patches unshuffled, the class token left in front."""
+        first = int(self.config.class_token)
+        return jnp.concatenate([tokens[:, :first], pick(tokens[:, first:], mask.ids_restore)], axis=1)

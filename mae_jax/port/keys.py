@@ -1,0 +1,175 @@
+"""Weights between this project's parameters and the authors' checkpoints (PyTorch, `checkpoint["model"]`).
+
+One table says which tensor is which and how its axes are laid out; both directions read it. All is NumPy.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from mae_jax.config import ModelConfig, TransformerConfig
+from mae_jax.models.positions import fixed_positions
+
+Params = dict[str, Any]
+Tensors = dict[str, np.ndarray]
+Layout = Literal["same", "transposed", "convolution"]
+
+# How far a stored frozen table may be from the computed one: it was rounded to float32, perhaps to float16.
+TABLE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its key and shape in the checkpoint, its path in the parameters, and what happens between.
+
+    same: nothing. transposed: a dense kernel, (out, in) there and (in, out) here. convolution: the patch projection,
+    (D, C, height, width) there, and here (P, D) with the rows of a patch vector: row, column, channel.
+    """
+
+    key: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    layout: Layout = "same"
+
+
+def entries(config: ModelConfig) -> Iterator[Entry]:
+    """The table, in the order of the data: every trained tensor of this configuration."""
+    encoder, decoder = config.encoder, config.decoder
+    D, d, tokens = encoder.width, decoder.width, config.num_patches + config.class_token
+
+    yield Entry("patch_embed.proj.weight", ("encoder", "patch_embed", "kernel"),
+                (D, config.in_channels, *config.patch_hw), "convolution")  # fmt: skip
+    yield Entry("patch_embed.proj.bias", ("encoder", "patch_embed", "bias"), (D,))
+    if config.class_token:
+        yield Entry("cls_token", ("encoder", "cls_token"), (1, 1, D))
+    if config.encoder_mask_tokens:
+        yield Entry("encoder_mask_token", ("encoder", "mask_token"), (1, 1, D))
+    if config.positions == "learned":
+        yield Entry("pos_embed", ("encoder", "pos_embed"), (1, tokens, D))
+    for i in range(encoder.depth):
+        yield from _block(f"blocks.{i}", ("encoder", f"block_{i}"), encoder)
+    yield from _norm("norm", ("encoder", "norm"), D)
+
+    yield from _dense("decoder_embed", ("decoder", "embed"), D, d)
+    if not config.encoder_mask_tokens:
+        yield Entry("mask_token", ("decoder", "mask_token"), (1, 1, d))
+    if config.positions == "learned":
+        yield Entry("decoder_pos_embed", ("decoder", "pos_embed"), (1, tokens, d))
+    for i in range(decoder.depth):
+        yield from _block(f"decoder_blocks.{i}", ("decoder", f"block_{i}"), decoder)
+    yield from _norm("decoder_norm", ("decoder", "norm"), d)
+    yield from _dense("decoder_pred", ("decoder", "pred"), d, config.patch_dim)
+
+
+def _block(key: str, path: tuple[str, ...], config: TransformerConfig) -> Iterator[Entry]:
+    width = config.width
+    yield from _norm(f"{key}.norm1", (*path, "norm1"), width)
+    yield from _dense(f"{key}.attn.qkv", (*path, "attn", "qkv"), width, 3 * width)
+    yield from _dense(f"{key}.attn.proj", (*path, "attn", "proj"), width, width)
+    yield from _norm(f"{key}.norm2", (*path, "norm2"), width)
+    yield from _dense(f"{key}.mlp.fc1", (*path, "mlp", "fc1"), width, config.mlp_width)
+    yield from _dense(f"{key}.mlp.fc2", (*path, "mlp", "fc2"), config.mlp_width, width)
+
+
+def _dense(key: str, path: tuple[str, ...], inputs: int, outputs: int) -> Iterator[Entry]:
+    yield Entry(f"{key}.weight", (*path, "kernel"), (outputs, inputs), "transposed")
+    yield Entry(f"{key}.bias", (*path, "bias"), (outputs,))
+
+
+def _norm(key: str, path: tuple[str, ...], width: int) -> Iterator[Entry]:
+    yield Entry(f"{key}.weight", (*path, "scale"), (width,))
+    yield Entry(f"{key}.bias", (*path, "bias"), (width,))
+
+
+def frozen_tables(config: ModelConfig) -> dict[str, Float[np.ndarray, "1 tokens width"]]:
+    """The position tables that checkpoints hold though they are never trained; none where positions are learned."""
+    if config.positions == "learned":
+        return {}
+    widths = {"pos_embed": config.encoder.width, "decoder_pos_embed": config.decoder.width}
+    return {
+        key: fixed_positions(config.positions, width, config.grid, config.class_token)[None].astype(np.float32)
+        for key, width in widths.items()
+    }
+
+
+def from_fair(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
+    """Parameters from the authors' tensors; frozen position tables may be there, and are then checked.
+
+    Raises:
+      ValueError: keys are missing, unknown, wrongly shaped, or a frozen table is another one; all are listed.
+    """
+    table, frozen = list(entries(config)), frozen_tables(config)
+    shapes = {entry.key: entry.shape for entry in table} | {key: value.shape for key, value in frozen.items()}
+    faults = [f"{entry.key} is missing" for entry in table if entry.key not in tensors]
+    faults += [f"{key} is unknown" for key in tensors if key not in shapes]
+    faults += [
+        f"{key} has shape {tensors[key].shape}, not {shape}"
+        for key, shape in shapes.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    faults += [
+        f"{key} is not the {config.positions} table (load it with positions='learned')"
+        for key, values in frozen.items()
+        if key in tensors
+        and tensors[key].shape == values.shape
+        and np.abs(tensors[key] - values).max() > TABLE_TOLERANCE
+    ]
+    if faults:
+        raise ValueError("the tensors do not fit the configuration: " + "; ".join(faults))
+
+    params: Params = {}
+    for entry in table:
+        *parents, leaf = entry.path
+        node = params
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = _to_flax(tensors[entry.key], entry.layout)
+    return params
+
+
+def to_fair(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
+    """The authors' tensors from parameters, frozen position tables included.
+
+    Raises:
+      ValueError: parameters are missing, unknown or wrongly shaped; all are listed.
+    """
+    table, leaves = list(entries(config)), dict(_leaves(params))
+    faults = [f"{'/'.join(path)} is unknown" for path in leaves.keys() - {entry.path for entry in table}]
+    tensors = {}
+    for entry in table:
+        if entry.path not in leaves:
+            faults.append(f"{'/'.join(entry.path)} is missing")
+            continue
+        flax_shape = _to_flax(np.empty(entry.shape), entry.layout).shape
+        values = np.asarray(leaves[entry.path])
+        if values.shape != flax_shape:
+            faults.append(f"{'/'.join(entry.path)} has shape {values.shape}, not {flax_shape}")
+            continue
+        tensors[entry.key] = _to_torch(values, entry)
+    if faults:
+        raise ValueError("the parameters do not fit the configuration: " + "; ".join(sorted(faults)))
+    return tensors | frozen_tables(config)
+
+
+def _to_flax(values: np.ndarray, layout: Layout) -> np.ndarray:
+    if layout == "convolution":
+        return values.transpose(2, 3, 1, 0).reshape(-1, values.shape[0])
+    return values.T if layout == "transposed" else values
+
+
+def _to_torch(values: np.ndarray, entry: Entry) -> np.ndarray:
+    if entry.layout == "convolution":
+        width, channels, height, columns = entry.shape
+        return values.reshape(height, columns, channels, width).transpose(3, 2, 0, 1)
+    return values.T if entry.layout == "transposed" else values
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value

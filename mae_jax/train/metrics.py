@@ -1,0 +1,86 @@
+"""What a run says while it goes: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from mae_jax.train.workdir import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS = "tensorboard"
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl, without a last line that a kill cut short."""
+    file = workdir / METRICS_FILE
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class RunLog:
+    """Writes rows and pictures of the steps after `start`; rows of later steps, from before a restart, are dropped."""
+
+    def __init__(self, workdir: Path, start: int, stop: int) -> None:
+        rows = [row for row in read_metrics(workdir) if row["step"] <= start]
+        write_atomically(workdir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = (workdir / METRICS_FILE).open("a", buffering=1)
+        self._events = SummaryWriter(str(workdir / EVENTS), purge_step=start + 1, write_to_disk=True)
+        self._stop = stop
+        self._began = time.monotonic(), start
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(initial=start, total=stop, unit="step", dynamic_ncols=True)
+
+    def step_done(self) -> None:
+        """Move the progress bar on by one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """One object into metrics.jsonl, its numbers into the event file, and a word to whoever watches."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        shown = {name: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+        else:
+            print(f"step {step}/{self._stop}  " + "  ".join(map(" ".join, shown.items())) + self._eta(step), flush=True)
+
+    def _eta(self, step: int) -> str:
+        began, start = self._began
+        seconds = round((time.monotonic() - began) / max(1, step - start) * (self._stop - step))
+        return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """A picture, uint8 (height, width, 3), into the event file."""
+        self._events.add_image(name, image, step, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches, beside the progress bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._events.close()
+        self._file.close()
+
+
+# Of a row's values, those worth a place on the screen.
+SHOWN = ("loss", "learning_rate", "images_per_second", "data_wait")

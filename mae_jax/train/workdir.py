@@ -1,0 +1,130 @@
+"""A run's folder: config.json, checkpoints/, metrics.jsonl, tensorboard/, and what is drawn into it."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import dacite
+
+from mae_jax.config import OPERATIONAL, PretrainConfig
+from mae_jax.errors import StatedError
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+RECORD = "record"  # what a checkpoint says of itself: {"config": ..., "fingerprint": ...}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def config_to_dict(config: PretrainConfig) -> dict[str, Any]:
+    """A configuration as what JSON can hold, the way it comes back: tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_from_dict(values: dict[str, Any], origin: object) -> PretrainConfig:
+    """The configuration that `config_to_dict` took apart; unknown fields and other types are refused.
+
+    Raises:
+      StatedError: the values do not make a configuration; `origin` names where they come from.
+    """
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuples(inner) for key, inner in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    try:
+        return dacite.from_dict(PretrainConfig, tuples(values), dacite.Config(strict=True))
+    except (dacite.DaciteError, ValueError, TypeError) as error:
+        raise StatedError(f"{origin} is not a configuration of this version: {error}") from error
+
+
+def read_config(path: Path) -> PretrainConfig:
+    """The configuration in a file.
+
+    Raises:
+      StatedError: there is no such file, or it does not hold one.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise StatedError(f"{path.parent} is not a run: it has no {path.name}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StatedError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise StatedError(f"{path} holds {type(values).__name__}, not a configuration")
+    return config_from_dict(values, path)
+
+
+def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
+    """The folder of a checkpoint: the one given, or the newest of the run given.
+
+    Raises:
+      StatedError: there is none.
+    """
+    given = Path(run_or_checkpoint).absolute()
+    if (given / RECORD).is_dir():
+        return given
+    steps = [child for child in (given / CHECKPOINTS).glob("*") if child.name.isdigit() and (child / RECORD).is_dir()]
+    if not steps:
+        raise StatedError(f"{run_or_checkpoint} is neither a run with a checkpoint nor a checkpoint")
+    return max(steps, key=lambda child: int(child.name))
+
+
+def read_record(checkpoint: Path) -> tuple[PretrainConfig, dict[str, int]]:
+    """The configuration of a checkpoint, and the fingerprint of each of its arrays.
+
+    Raises:
+      StatedError: the record is missing or damaged.
+    """
+    try:
+        record = json.loads((checkpoint / RECORD / "metadata").read_text())
+        config, fingerprint = record["config"], record["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StatedError(f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}") from error
+    return config_from_dict(config, checkpoint), fingerprint
+
+
+def differences(old: PretrainConfig, new: PretrainConfig) -> list[tuple[str, Any, Any]]:
+    """Fields that change what is computed and differ: (name, old value, new value)."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        rows: dict[str, Any] = {}
+        for key, value in values.items():
+            rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return rows
+
+    olds, news = flat(config_to_dict(old)), flat(config_to_dict(new))
+    return [(key, olds[key], news[key]) for key in olds if key not in OPERATIONAL and olds[key] != news[key]]
+
+
+def claim(config: PretrainConfig) -> Path:
+    """Make the run's folder, or go on in it if it was started with the same configuration.
+
+    Raises:
+      StatedError: it was started with another one, or cannot be written to.
+    """
+    workdir = Path(config.workdir).absolute()
+    file = workdir / CONFIG_FILE
+    if file.exists():
+        differing = differences(read_config(file), config)
+        if differing:
+            rows = ", ".join(f"{name} {old}" for name, old, _ in differing)
+            news = ", ".join(str(new) for _, _, new in differing)
+            raise StatedError(
+                f"{config.workdir} was started with {rows}; this command says {news}. "
+                "Continue with those, or choose another --workdir."
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(config_to_dict(config), indent=2) + "\n")
+    except OSError as error:
+        raise StatedError(f"workdir {config.workdir} cannot be written to: {error.strerror}") from error
+    return workdir

@@ -1,0 +1,101 @@
+"""`python -m parity`: compare mae_jax with the PyTorch reference, stage by stage."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from parity.models import MODELS
+
+if TYPE_CHECKING:
+    from parity.report import Report
+    from parity.tolerances import Precision
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compare mae_jax with a PyTorch reference from bytes to a trained model, in the order data flows."""
+
+    model: Literal[tuple(MODELS)] = "tiny"  # type: ignore[valid-type]
+    """What to compare. The published sizes take minutes on a CPU."""
+    dtype: Literal["float32", "float64", "both"] = "both"
+    stages: tuple[str, ...] = ()
+    """Only these (images, patchify, masks, encoder_blocks, gradients ...); all by default."""
+    seed: int = 0
+    """Of the weights, images and noise."""
+    batch_size: int | None = None
+    """Images, an even number: half on each of two devices. 4 for the small models, 2 for the others by default."""
+    report: Path | None = None
+    """Write parity.json, parity.md and parity.png into this folder."""
+
+
+def compare(arguments: Arguments, precision: "Precision") -> "Report":
+    """Run the stages at one precision, printing a row as each is done."""
+    import flax
+    import jax
+    import torch
+
+    from parity.cases import Reference
+    from parity.models import SMALL
+    from parity.report import COLUMNS, Report, line, rows
+    from parity.stages import run
+
+    batch_size = arguments.batch_size or (4 if arguments.model in SMALL else 2)
+    reference = Reference(MODELS[arguments.model], precision, arguments.seed, batch_size)
+    versions = {"jax": jax.__version__, "flax": flax.__version__, "torch": torch.__version__}
+    device = jax.local_devices()[0].device_kind
+    report = Report(arguments.model, precision, arguments.seed, reference.config, versions, device)
+
+    print(f"{arguments.model}, {precision}\n{line(COLUMNS)}", flush=True)
+    for results in run(reference, arguments.stages):
+        report.results += results
+        for row in rows(results):
+            print(line(row), flush=True)
+    print(report.verdict() + "\n", flush=True)
+    return report
+
+
+def wrong_usage(message: str) -> int:
+    """Say what is wrong, and the exit code for it."""
+    print(message, file=sys.stderr)
+    return 2
+
+
+def main() -> int:
+    """0 where everything agrees, 1 where something departs, 2 on wrong usage."""
+    arguments = tyro.cli(Arguments, prog="python -m parity")
+    if arguments.batch_size is not None and (arguments.batch_size < 2 or arguments.batch_size % 2):
+        return wrong_usage(f"--batch-size {arguments.batch_size} is not a positive even number")
+    if not 0 <= arguments.seed < 2**32:
+        return wrong_usage(f"--seed {arguments.seed} is outside 0 .. 2^32 - 1")
+    # Two devices, for what the step does across them; read when jax first looks for devices.
+    flag = "--xla_force_host_platform_device_count"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=2".strip()
+
+    try:
+        from parity.stages import STAGES
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print("The comparison needs PyTorch: pip install 'mae-jax[torch]'", file=sys.stderr)
+        return 1
+
+    unknown = [name for name in arguments.stages if name not in STAGES]
+    if unknown:
+        return wrong_usage(f"--stages {' '.join(unknown)}: unknown (there are: {', '.join(STAGES)})")
+
+    precisions: tuple[Precision, ...] = ("float64", "float32") if arguments.dtype == "both" else (arguments.dtype,)
+    reports = [compare(arguments, precision) for precision in precisions]
+    if arguments.report is not None:
+        from parity.report import write
+
+        write(reports, arguments.report)
+    return 0 if all(report.passed for report in reports) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""What a comparison found: rows on the terminal, and JSON, Markdown and a plot in a folder."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from mae_jax.config import ModelConfig
+from parity.compare import Result, worst
+from parity.tolerances import BOUNDS, Precision
+
+COLUMNS = ("stage", "tensors", "max abs", "max rel", "bound", "verdict")
+
+
+@dataclass
+class Report:
+    """The results of one model at one precision, in the order data flows."""
+
+    model: str
+    precision: Precision
+    seed: int
+    config: ModelConfig
+    versions: dict[str, str]
+    device: str
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def departure(self) -> Result | None:
+        """The first result that is not within its bound."""
+        return next((result for result in self.results if not result.passed), None)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.results) and self.departure is None
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        return rows(self.results)
+
+    def verdict(self) -> str:
+        """One or two sentences: how it ended."""
+        what = f"{self.model}, {self.precision}, seed {self.seed}"
+        first = self.departure
+        if first is None:
+            return (
+                f"{what}: all {len(self.results)} tensors agree." if self.results else f"{what}: nothing was compared."
+            )
+        reason = first.fault or f"{first.max_rel:.1e} is beyond {first.bound:.0e}"
+        failed = sum(not result.passed for result in self.results)
+        return (
+            f"{what}: {failed} of {len(self.results)} tensors differ. "
+            f"The first stage that departs is {first.stage!r}, tensor {first.tensor!r}: {reason}."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "precision": self.precision,
+            "seed": self.seed,
+            "passed": self.passed,
+            "first_departure": self.departure.as_dict() if self.departure else None,
+            "device": self.device,
+            "versions": self.versions,
+            "config": asdict(self.config),
+            "results": [result.as_dict() for result in self.results],
+        }
+
+
+def rows(results: list[Result]) -> Iterator[tuple[str, ...]]:
+    """One row a stage: its worst tensor against that tensor's bound."""
+    for stage, group in groupby(results, key=lambda result: result.stage):
+        members = list(group)
+        last = worst(members)
+        bound = f"{last.bound:.1e}" if last.bound else "exact"
+        verdict = "ok" if last.passed else f"DEPARTS: {last.tensor}" + (f", {last.fault}" if last.fault else "")
+        yield stage, str(len(members)), f"{last.max_abs:.1e}", f"{last.max_rel:.1e}", bound, verdict
+
+
+def line(row: tuple[str, ...]) -> str:
+    """A row for the terminal."""
+    stage, tensors, *numbers, verdict = row
+    return f"{stage:32}{tensors:>8}" + "".join(f"{number:>11}" for number in numbers) + f"   {verdict}"
+
+
+def write(reports: list[Report], folder: Path) -> None:
+    """Write parity.json, parity.md and parity.png into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "parity.json").write_text(json.dumps([report.as_dict() for report in reports], indent=1) + "\n")
+    (folder / "parity.md").write_text("\n".join(_markdown(reports)) + "\n")
+    _plot(reports, folder / "parity.png")
+
+
+def _markdown(reports: list[Report]) -> Iterator[str]:
+    yield "# mae_jax against PyTorch"
+    for report in reports:
+        versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+        yield f"\n## {report.model}, {report.precision}\n\n{report.verdict()} ({versions}; {report.device})\n"
+        yield "| " + " | ".join(COLUMNS) + " |"
+        yield "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"
+        yield from ("| " + " | ".join(row) + " |" for row in report.rows())
+    yield "\n## Bounds\n\n| bound | float64 | float32 | reason |\n|---|---:|---:|---|"
+    yield from (f"| {name} | {b.float64:.1e} | {b.float32:.1e} | {b.reason} |" for name, b in BOUNDS.items())
+
+
+def _plot(reports: list[Report], path: Path) -> None:
+    """Each stage's largest relative error beside its bound, on a logarithmic scale; no error lies at the foot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (only where a report is asked for)
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    foot = 1e-18
+    height = 1.5 + 0.17 * max(len(list(report.rows())) for report in reports)
+    figure = Figure(figsize=(5 * len(reports), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, report in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports, strict=True):
+        found = [worst(list(group)) for _, group in groupby(report.results, key=lambda result: result.stage)]
+        places = range(len(found))
+        axes.scatter([max(r.bound, foot) for r in found], places, marker="|", color="black", label="bound")
+        for passed, colour in ((True, "tab:blue"), (False, "tab:red")):
+            chosen = [i for i in places if found[i].passed == passed and found[i].max_rel == found[i].max_rel]
+            label = "max rel" if passed else "departs"
+            axes.scatter([max(found[i].max_rel, foot) for i in chosen], chosen, s=14, color=colour, label=label)
+        axes.set(
+            xscale="log", title=f"{report.model}, {report.precision}", xlabel="relative error", xlim=(foot / 3, 10)
+        )
+        axes.set_yticks(places, [result.stage for result in found], fontsize=7)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
