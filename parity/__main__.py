@@ -38,8 +38,8 @@ def compare(arguments: Arguments, precision: "Precision") -> "Report":
     import jax
     import torch
 
-    from parity.cases import Reference
     from parity.models import SMALL
+    from parity.reference import Reference
     from parity.report import COLUMNS, Report, line, rows
     from parity.stages import run
 

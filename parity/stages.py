@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +16,12 @@ import torch
 
 from mae_jax.config import ModelConfig, TransformerConfig
 from mae_jax.models import layers, mae, masking, patches, positions
-from mae_jax.port.keys import Params, entries, from_fair, to_fair
-from mae_jax.train import optimizers, steps
-from parity import torch_mae, torch_train
-from parity.cases import EPOCHS, STEPS, STEPS_PER_EPOCH, Ours, Reference, draw_weights
+from parity import torch_mae
 from parity.compare import Pair, Result, compare
+from parity.mixed_precision import mixed_precision
+from parity.ours import Ours
+from parity.reference import Reference
+from parity.updates import gradients, gradients_on_devices, learning_rate, parameter_groups, training, update
 
 Pairs = Iterator[Pair]
 
@@ -78,44 +78,15 @@ def _variant(config: ModelConfig, **changes: Any) -> ModelConfig | None:
 
 def noise(ours: Ours, reference: Reference) -> Pairs:
     """The noise that the compiled step draws: a row for each example, the same whichever device holds it."""
-    drawn = drawn_noise(ours)
+    drawn = ours.drawn_noise()
     yield Pair("noise", "each example's row, drawn alone", drawn, reference.noise[0], "exact")
     yield Pair("noise", "different rows", len(np.unique(drawn, axis=0)), len(drawn), "exact")
-
-
-def drawn_noise(ours: Ours) -> np.ndarray:
-    """The noise (B, L) that reaches the model inside the step on several devices, by position in the batch.
-
-    The model is not run: it hands its inputs to the host. An example is known by its image, all of one grey level.
-    """
-    mean, std = ours.run_config.augment.mean[0], ours.run_config.augment.std[0]
-    drawn: dict[int, np.ndarray] = {}
-
-    def keep(pixels: np.ndarray, rows: np.ndarray) -> None:
-        drawn.update(zip(np.rint((pixels * std + mean) * 255).astype(int).tolist(), rows, strict=True))
-
-    def spy(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        if type(context.module) is not mae.MaskedAutoencoder or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        jax.debug.callback(keep, args[0][:, 0, 0, 0], args[1])
-        return mae.Output(*[jnp.zeros((), args[0].dtype)] * len(mae.Output._fields))
-
-    greys = np.broadcast_to(np.arange(len(ours.bytes[0]), dtype=np.uint8)[:, None, None, None], ours.bytes[0].shape)
-    engine = ours.engine()
-    state = engine.place(ours.first_state({"none": jnp.zeros(())}))
-    with nn.intercept_methods(spy):
-        jax.block_until_ready(
-            engine.step(state, engine.put(steps.Batch(jnp.asarray(greys), jnp.asarray(ours.positions[0]))))
-        )
-    jax.effects_barrier()
-    return np.stack([drawn[example] for example in range(len(greys))])
 
 
 def masks(ours: Ours, reference: Reference) -> Pairs:
     """Visible patches, restoring order and mask, of each kind and at several ratios, also where noise repeats."""
     uniform = reference.noise[0]
-    # Blocks are drawn with probability 0 from repeated values; for the others ties must fall alike.
-    repeated = np.floor(uniform * 8) / 8
+    repeated = np.floor(uniform * 8) / 8  # ties have to fall alike
     variants = [("random", ours.config.mask_ratio), *(("random", ratio) for ratio in (0.4, 0.6, 0.7, 0.9))]
     variants += [("block", ours.config.mask_ratio), ("block", 0.6), ("grid", 0.75)]
     for kind, ratio in variants:
@@ -127,12 +98,11 @@ def masks(ours: Ours, reference: Reference) -> Pairs:
             order = torch_mae.shuffle(config, torch.from_numpy(values)).numpy()
             kept = torch_mae.visible_count(config)
             restore = np.argsort(order, axis=1)
-            what = f"ratio {ratio}, {name}"
-            yield Pair(
-                f"mask {kind}", f"ids_keep, {what}", made.ids_shuffle[:, : config.keep], order[:, :kept], "exact"
-            )
-            yield Pair(f"mask {kind}", f"ids_restore, {what}", made.ids_restore, restore, "exact")
-            yield Pair(f"mask {kind}", f"mask, {what}", made.hidden, restore >= kept, "exact")
+            stage, what = f"mask {kind}", f"ratio {ratio}, {name}"
+            ids_keep = made.ids_shuffle[:, : config.keep]
+            yield Pair(stage, f"ids_keep, {what}", ids_keep, order[:, :kept], "exact")
+            yield Pair(stage, f"ids_restore, {what}", made.ids_restore, restore, "exact")
+            yield Pair(stage, f"mask, {what}", made.hidden, restore >= kept, "exact")
 
 
 # --- encoder -----------------------------------------------------------------------------------------------------
@@ -164,14 +134,12 @@ def latent(ours: Ours, reference: Reference) -> Pairs:
 def blocks(ours: Ours, reference: Reference, stack: Literal["encoder", "decoder"], config: TransformerConfig) -> Pairs:
     """Every block of a stack, first fed with the reference's input, then where the pass arrives there."""
     block = jax.jit(lambda params, x: layers.Block(config, ours.config.dtype).apply({"params": params}, x))
-    x = reference.stages[f"{stack}.input"]
+    x, ids_restore = reference.stages[f"{stack}.input"], reference.stages["ids_restore"]
     for i in range(config.depth):
-        theirs = reference.stages[f"{stack}.block_{i}"]
-        yield Pair(f"{stack} block {i}", "same input", block(ours.params[stack][f"block_{i}"], x), theirs, "stage")
-        arrived = unshuffled(
-            ours.config, ours.forward[1][f"{stack}/block_{i}.__call__"], reference.stages["ids_restore"]
-        )
-        yield Pair(f"{stack} block {i}", "whole pass", arrived, theirs, "forward")
+        stage, theirs = f"{stack} block {i}", reference.stages[f"{stack}.block_{i}"]
+        yield Pair(stage, "same input", block(ours.params[stack][f"block_{i}"], x), theirs, "stage")
+        passed = unshuffled(ours.config, ours.forward[1][f"{stack}/block_{i}.__call__"], ids_restore)
+        yield Pair(stage, "whole pass", passed, theirs, "forward")
         x = theirs
 
 
@@ -236,123 +204,6 @@ def loss(ours: Ours, reference: Reference) -> Pairs:
     yield Pair("loss", "whole pass", ours.forward[0].loss, reference.stages["loss"], "forward")
     yield Pair("loss", "mask", ours.forward[0].mask, reference.stages["mask"], "exact")
     yield Pair("loss", "ids_restore", ours.forward[0].ids_restore, reference.stages["ids_restore"], "exact")
-
-
-def mixed_precision(ours: Ours, reference: Reference) -> Pairs:
-    """A bfloat16 model keeps LayerNorm, softmax and loss in float32: inputs are such that bfloat16 would be far off."""
-    generator = np.random.default_rng(reference.run_config.seed)
-
-    x = 64 + generator.standard_normal((2, 8, 32)).astype(np.float32)
-    norm = layers.LayerNorm("bfloat16").apply({"params": {"scale": np.ones(32), "bias": np.zeros(32)}}, x)
-    theirs = torch.nn.functional.layer_norm(torch.from_numpy(x), (32,), eps=torch_mae.EPS)
-    yield Pair("mixed precision", "LayerNorm of 64 + normal", norm, theirs, "bfloat16")
-
-    # A head of 16: the scale 1/4 rounds nothing. Scores reach some tens, where bfloat16 knows them to 1/8.
-    query, key, value = (torch.from_numpy(generator.normal(0, scale, (1, 2, 64, 16))).bfloat16() for scale in (4, 4, 1))
-    q, k, v = (jnp.asarray(heads.float().numpy(), "bfloat16") for heads in (query, key, value))
-    mixed = layers.attend(q, k, v, "bfloat16")
-    theirs = torch.softmax(query.double() @ key.double().mT / 4, dim=-1) @ value.double()
-    yield Pair("mixed precision", "softmax of large scores", mixed, theirs, "bfloat16")
-
-    tiny = TransformerConfig(width=16, depth=1, heads=1)
-    config = ModelConfig(8, 2, 1, tiny, tiny, loss_on="all", dtype="bfloat16")
-    weights = draw_weights(torch_mae.MaskedAutoencoder(config), generator)
-    params = jax.tree.map(np.float32, from_fair(weights, config))
-    pixels, uniform = generator.standard_normal((2, 8, 8, 1)), generator.random((2, 16))
-    out = jax.jit(mae.MaskedAutoencoder(config).apply)({"params": params}, np.float32(pixels), np.float32(uniform))
-    their_loss = np.square(np.asarray(out.pred, np.float64) - np.asarray(out.target, np.float64)).mean()
-    yield Pair("mixed precision", "loss of its own prediction", out.loss, their_loss, "float32")
-
-
-# --- gradients and updates ---------------------------------------------------------------------------------------
-
-
-def gradients(ours: Ours, reference: Reference) -> Pairs:
-    """The gradient of every tensor, in the order of the data; the fused qkv bias is one tensor.
-
-    (The key bias alone has gradient zero in exact arithmetic: its noise would be compared with noise.)
-    """
-    for name in (entry.key for entry in entries(ours.config)):
-        yield Pair(f"gradient {module_of(name)}", name, ours.gradients[name], reference.gradients[name], "gradient")
-
-
-def module_of(name: str) -> str:
-    """'blocks.3.attn.qkv.bias' to 'blocks.3', 'norm.bias' to 'norm'."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if "blocks" in parts[0] else parts[0]
-
-
-def gradients_on_devices(ours: Ours, reference: Reference) -> Pairs:
-    """The gradient that the compiled step averages over its devices is that of the whole batch."""
-    averaged, metrics, _ = ours.run
-    for name, theirs in reference.gradients.items():
-        yield Pair("gradient averaged over devices", name, averaged[name], theirs, "gradient")
-    norm = np.sqrt(sum(np.square(values).sum() for values in reference.gradients.values()))
-    yield Pair("gradient averaged over devices", "global norm", metrics[0].grad_norm, norm, "gradient")
-
-
-def parameter_groups(ours: Ours, reference: Reference) -> Pairs:
-    """Which parameters decay."""
-    mask = optimizers.decay_mask(ours.params)
-    theirs = torch_train.parameter_groups(reference.model)
-    for entry in entries(ours.config):
-        decays = mask
-        for name in entry.path:
-            decays = decays[name]
-        yield Pair("parameter groups", entry.key, decays, theirs[entry.key], "exact")
-
-
-def learning_rate(ours: Ours, reference: Reference) -> Pairs:
-    """The rate of every step: warm-up, then half a cosine."""
-    config = ours.run_config
-    epochs = jnp.arange(STEPS).astype(ours.config.dtype) / STEPS_PER_EPOCH
-    rate = partial(optimizers.learning_rate, optim=config.optim, batch_size=config.batch_size, epochs=EPOCHS)
-    yield Pair("learning rate", "curve", jax.jit(rate)(epochs), np.array(reference.rates), "stage")
-
-
-def update(ours: Ours, reference: Reference) -> Pairs:
-    """Two AdamW updates with the reference's gradients, at rate 1; after one the betas would not show."""
-    optim = ours.run_config.optim
-    first = reference.gradients
-    generator = np.random.default_rng(reference.run_config.seed)
-    second = {
-        name: values * generator.uniform(-2, 2, values.shape).astype(values.dtype) for name, values in first.items()
-    }
-
-    direction = optimizers.adamw_direction(optim)
-
-    def updated(params: Params, gradients: list[Params]) -> Params:
-        state = direction.init(params)
-        for values in gradients:
-            step, state = direction.update(values, state, params)
-            params = jax.tree.map(jnp.subtract, params, step)
-        return params
-
-    both = [from_fair(values, ours.config) for values in (first, second)]
-    updated_params = to_fair(jax.jit(updated)(ours.params, both), ours.config)
-    theirs = torch_train.updated(reference.model, optim, [first, second])
-    for name in first:
-        yield Pair("AdamW update", name, updated_params[name], theirs[name], "stage")
-
-
-def training(ours: Ours, reference: Reference) -> Pairs:
-    """20 steps from the same weights, noise and images."""
-    _, metrics, final = ours.run
-    rates = np.array([m.learning_rate for m in metrics])
-    yield Pair("training run", "learning rates", rates, np.array(reference.rates), "training")
-    losses = np.array([m.loss for m in metrics])
-    yield Pair("training run", "losses", losses, np.array(reference.run.losses), "training")
-    for name in reference.gradients:
-        ours_final, theirs = (_without_key_bias(name, values[name]) for values in (final, reference.run.final))
-        yield Pair("training run", name, ours_final, theirs, "training")
-
-
-def _without_key_bias(name: str, values: np.ndarray) -> np.ndarray:
-    """The key bias's gradient is zero in exact arithmetic; Adam makes whole steps of its noise. So it is left out."""
-    if not name.endswith("qkv.bias"):
-        return values
-    query, _, value = np.split(values, 3)
-    return np.concatenate([query, value])
 
 
 STAGES: dict[str, Callable[[Ours, Reference], Pairs]] = {

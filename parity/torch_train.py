@@ -31,7 +31,7 @@ def learning_rate(step: int, optim: OptimConfig, *, batch_size: int, steps_per_e
     return optim.min_lr + (peak - optim.min_lr) / 2 * (1 + math.cos(angle))
 
 
-def adamw(model: MaskedAutoencoder, optim: OptimConfig) -> torch.optim.AdamW:
+def adamw(model: MaskedAutoencoder, optim: OptimConfig, fused: bool = False) -> torch.optim.AdamW:
     """AdamW over the two groups; its rate is to be set before each update."""
     decays = parameter_groups(model)
     parameters = dict(model.named_parameters())
@@ -42,7 +42,7 @@ def adamw(model: MaskedAutoencoder, optim: OptimConfig) -> torch.optim.AdamW:
         }
         for decay in (True, False)
     ]
-    return torch.optim.AdamW(groups, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    return torch.optim.AdamW(groups, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
 
 
 def updated(

@@ -12,7 +12,7 @@ from mae_jax.data.decoding import BrokenImage, decode, mode_for
 from mae_jax.data.reading import Batches, Part, join, part_size
 from mae_jax.data.sources import Source
 from mae_jax.data.transforms import center_crop, to_array
-from mae_jax.data.workers import default_threads
+from mae_jax.data.workers import default_readers
 from mae_jax.errors import StatedError
 
 
@@ -36,7 +36,7 @@ def evaluation_batches(
         batch_size // part,
         _without_broken,
         workers=workers,
-        threads=default_threads(source.in_memory),
+        threads=default_readers(source.in_memory),
         part_bytes=part * image_hw[0] * image_hw[1] * in_channels,
     )
 

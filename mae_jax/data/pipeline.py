@@ -18,7 +18,7 @@ from mae_jax.data.decoding import BrokenImage
 from mae_jax.data.reading import Batches, Part, join, part_size
 from mae_jax.data.sources import Source
 from mae_jax.data.transforms import augment
-from mae_jax.data.workers import default_threads, default_workers
+from mae_jax.data.workers import default_readers
 from mae_jax.errors import StatedError
 
 # So many broken files in a row are a disk that has gone, not files that are broken.
@@ -58,14 +58,14 @@ def training_batches(
     per_batch = config.batch_size // part
     stop_step = steps if stop_step is None else stop_step
     parts = order.map_with_index(example).batch(part)[start_step * per_batch : stop_step * per_batch]
-    workers = default_workers(source.in_memory) if config.workers is None else config.workers
+    readers = default_readers(source.in_memory)
     height, width = config.model.image_hw
     return Batches(
         parts,
         per_batch,
         _joined,
-        workers=workers,
-        threads=default_threads(source.in_memory),
+        workers=readers if config.workers is None else config.workers,
+        threads=readers,
         part_bytes=part * height * width * config.model.in_channels,
     )
 

@@ -1,13 +1,17 @@
 """Runs a Grain dataset ahead of its user, in threads or worker processes, and joins its parts into batches."""
 
+import atexit
 import gc
 import math
+import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice, takewhile
+from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -66,7 +70,6 @@ class Batches(Iterator[B], Generic[B]):
             stream = parts.to_iter_dataset(options)
         iterator = iter(stream)
         joiner, stopping = ThreadPoolExecutor(1, "join-batches"), threading.Event()
-        self._close = weakref.finalize(self, _end, iterator, joiner, stopping)  # also when it is dropped, and at exit
 
         def read() -> Future[B | None]:
             return joiner.submit(_read_batch, iterator, parts_per_batch, join, stopping)
@@ -75,6 +78,9 @@ class Batches(Iterator[B], Generic[B]):
             iterator.get_state()  # makes every worker's iterator, so that all start now and not each when it is due
             iterator.start_prefetch()
             self._batches = _one_ahead(read, read())
+        # Also when this is dropped, and at exit, before multiprocessing ends what Grain needs to free shared memory.
+        self._close = weakref.finalize(self, _end, self._batches, iterator, joiner, stopping, workers > 0)
+        atexit.register(self._close)
 
     def __next__(self) -> B:
         """The next batch.
@@ -94,7 +100,6 @@ class Batches(Iterator[B], Generic[B]):
     def close(self) -> None:
         """End the threads and processes; waits for what they are doing, a part each."""
         self._close()
-        self._batches.close()  # lets go of Grain's iterators: at exit they would close themselves again, noisily
 
     def __enter__(self) -> Self:
         return self
@@ -119,17 +124,34 @@ def _read_batch(
     return join(parts) if parts and not stopping.is_set() else None
 
 
-def _end(iterator: Any, joiner: ThreadPoolExecutor, stopping: threading.Event) -> None:
+def _end(
+    batches: Generator, iterator: Any, joiner: ThreadPoolExecutor, stopping: threading.Event, shared_memory: bool
+) -> None:
     stopping.set()
     joiner.shutdown(cancel_futures=True)  # first: a Grain iterator that is closed under its reader leaves it waiting
     iterator.close()
-    gc.collect()  # errors that ended Grain's threads, StopIteration among them, hold on to shared memory in cycles
+    batches.close()  # lets go of Grain's iterator, which would close itself again at exit, noisily
+    if shared_memory:
+        gc.collect()  # errors that ended Grain's threads, StopIteration among them, hold on to it in cycles
+        _wait_until_freed()
+
+
+def _wait_until_freed() -> None:
+    """Grain frees shared memory in a thread of its own, in order: wait for the last piece, or exit may come first."""
+    last = grain.multiprocessing.SharedMemoryArray((1,), np.uint8)
+    last.unlink_on_del()
+    path = os.path.join(processes.SHARED_MEMORY, last.metadata.name)
+    del last
+    deadline = time.monotonic() + 2
+    while os.path.exists(path) and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def _in_processes(parts: grain.MapDataset, workers: int, ahead: int, part_bytes: int) -> grain.IterDataset:
     """Worker w reads parts w, w + workers ... and keeps `ahead` of them ready, and as many again wait here."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its settings from flags, and no one else here uses them
+    resource_tracker.ensure_running()  # started with the first worker it would unblock the signals that are blocked
     # Beside those that are ready: one that is made, and those that are joined.
     shared = processes.shared_memory_holds(part_bytes * workers * (3 * ahead + 1))
     options = grain.experimental.DatasetOptions(min_shm_size=_SHARED_FROM if shared else sys.maxsize)

@@ -4,6 +4,7 @@ Grain starts them; what it leaves open is closed here. They ignore the terminal'
 group, which are the main process's to answer, and they leave when it is gone, however it went.
 """
 
+import atexit
 import multiprocessing
 import os
 import re
@@ -13,14 +14,13 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 
 from PIL import Image
 
 from mae_jax.errors import StatedError
 
-_MOST = 16
-_SHARED_MEMORY = "/dev/shm"
+_MOST = 16  # of the default, for a machine with many cores and other users
+SHARED_MEMORY = "/dev/shm"
 
 
 def available_cores() -> int:
@@ -28,13 +28,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_workers(in_memory: bool) -> int:
-    """Worker processes for a source: none for one in memory, else one a core up to 16."""
-    return 0 if in_memory else min(available_cores(), _MOST)
+def default_readers(in_memory: bool) -> int:
+    """Worker processes, or threads in their place: none for a source in memory, else one a core up to 16.
 
-
-def default_threads(in_memory: bool) -> int:
-    """Threads that take the place of worker processes; Pillow lets others run while it decodes and resizes."""
+    Threads are no bad choice: Pillow lets others run while it decodes and resizes.
+    """
     return 0 if in_memory else min(available_cores(), _MOST)
 
 
@@ -53,6 +51,9 @@ def initialize_worker(index: int, count: int) -> None:
     """Runs first in each worker process."""
     del index, count
     prepare_decoder()
+    # Leave at once when the work is done: taking Python and what Grain has imported apart takes half a second. Never
+    # with code 0, which Grain would not see as an end that nobody asked for.
+    atexit.register(os._exit, 1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
@@ -70,7 +71,6 @@ def signals_kept_from_children() -> Iterator[None]:
     They inherit the blocked mask. A handler set in the worker would come too late: Ctrl-C during its imports, which
     take a second, would print a traceback for each worker.
     """
-    resource_tracker.ensure_running()  # else it starts with the first worker and unblocks both
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -80,7 +80,7 @@ def signals_kept_from_children() -> Iterator[None]:
 
 def shared_memory_holds(size: int) -> bool:
     """Whether `size` bytes fit into shared memory; containers often have 64 MB, and running over kills a worker."""
-    return not os.path.isdir(_SHARED_MEMORY) or size < shutil.disk_usage(_SHARED_MEMORY).free
+    return not os.path.isdir(SHARED_MEMORY) or size < shutil.disk_usage(SHARED_MEMORY).free
 
 
 def death_of_worker(error: Exception) -> StatedError | None:

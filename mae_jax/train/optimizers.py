@@ -21,12 +21,14 @@ def peak_learning_rate(optim: OptimConfig, batch_size: int) -> float:
 def learning_rate(epoch: Float[Array, ""], optim: OptimConfig, *, batch_size: int, epochs: float) -> Float[Array, ""]:
     """The rate at a fractional epoch: a straight warm-up from 0, then half a cosine down to min_lr, or constant."""
     peak = peak_learning_rate(optim, batch_size)
-    warmup = epoch / max(optim.warmup_epochs, 1e-9)
     if optim.schedule == "constant":
-        return peak * jnp.minimum(warmup, 1.0)
-    progress = (epoch - optim.warmup_epochs) / max(epochs - optim.warmup_epochs, 1e-9)
-    decayed = optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return jnp.where(epoch < optim.warmup_epochs, peak * warmup, decayed)
+        settled: float | Array = peak
+    else:
+        progress = (epoch - optim.warmup_epochs) / max(epochs - optim.warmup_epochs, 1e-9)
+        settled = optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    if optim.warmup_epochs == 0:
+        return jnp.asarray(settled, epoch.dtype)
+    return jnp.where(epoch < optim.warmup_epochs, peak * epoch / optim.warmup_epochs, settled)
 
 
 def decay_mask(params: Any) -> Any:

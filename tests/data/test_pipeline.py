@@ -202,9 +202,9 @@ def test_a_closed_stream_has_ended() -> None:
 
 def test_defaults_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "available_cores", lambda: 3)
-    assert (processes.default_workers(True), processes.default_workers(False)) == (0, 3)
+    assert (processes.default_readers(True), processes.default_readers(False)) == (0, 3)
     monkeypatch.setattr(processes, "available_cores", lambda: 200)
-    assert processes.default_workers(False) == 16
+    assert processes.default_readers(False) == 16
 
 
 @pytest.mark.parametrize(("batch_size", "part"), [(1, 1), (8, 8), (37, 1), (64, 32), (96, 32), (100, 25), (4096, 32)])

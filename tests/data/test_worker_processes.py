@@ -3,14 +3,14 @@
 Each test runs a program of its own with two workers, in its own process group as from a terminal.
 """
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,150 +30,141 @@ if __name__ == "__main__":
     main(sys.argv[1])
 """
 
-READ = """
-    next(batches)
-    print("workers", *(child.pid for child in multiprocessing.active_children()), flush=True)
-"""
-READ_ON = (
-    READ
-    + """
-    for batch in batches:
-        pass
-"""
-)
+
+class Program:
+    """PROGRAM with another ending, in a process group of its own; what it prints goes to files."""
+
+    def __init__(self, tmp_path: Path, folder: Path, ending: str) -> None:
+        script = tmp_path / "program.py"
+        script.write_text(PROGRAM.replace("    ENDING\n", ending))
+        self._out, self._err = tmp_path / "out", tmp_path / "err"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-W", "error", str(script), str(folder)],
+                env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def first_line(self) -> str:
+        wait_until(lambda: "\n" in self._out.read_text() or self.process.poll() is not None, 40)
+        assert self._out.read_text(), self._err.read_text()
+        return self._out.read_text().splitlines()[0]
+
+    def signal_group(self, number: int) -> None:
+        """As the terminal does on Ctrl-C."""
+        os.killpg(self.process.pid, number)
+
+    def ended(self) -> tuple[int, list[str], str]:
+        """Exit code, lines printed after the first, and errors, once the program and all it started are gone."""
+        code = self.process.wait(timeout=30)
+        wait_until(lambda: not group_runs(self.process.pid), 10)
+        return code, self._out.read_text().splitlines()[1:], self._err.read_text()
 
 
-@contextmanager
-def program(tmp_path: Path, folder: Path, ending: str) -> Iterator[subprocess.Popen[str]]:
-    script = tmp_path / "program.py"
-    script.write_text(PROGRAM.replace("    ENDING\n", ending))
-    command = [sys.executable, "-W", "error", str(script), str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def group_runs(group: int) -> bool:
     try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-
-
-def worker_pids(process: subprocess.Popen[str]) -> list[int]:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.startswith("workers"), process.stderr.read() if process.stderr else ""
-    pids = [int(pid) for pid in line.split()[1:]]
-    assert len(pids) == 2
-    return pids
-
-
-def ended(process: subprocess.Popen[str], pids: list[int], within: float = 10) -> tuple[str, str]:
-    """What the program printed, once it and its workers are gone."""
-    output = process.communicate(timeout=within)
-    deadline = time.monotonic() + within
-    while any(_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, "workers outlive their owner"
-        time.sleep(0.05)
-    return output
-
-
-def _running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
+        os.killpg(group, 0)
+    except ProcessLookupError:
         return False
-    return state not in "ZX"
+    return True
+
+
+CHILDREN = "    print(len(multiprocessing.active_children()))\n"
+FIRST = "    next(batches)\n" + CHILDREN
+MANY = "    with batches:\n        for _, batch in zip(range(40), batches): pass\n    " + CHILDREN
 
 
 @pytest.mark.parametrize(
     "ending",
     [
-        pytest.param(READ + "    batches.close()\n    print(multiprocessing.active_children())\n", id="closed"),
-        pytest.param(READ + "    del batches\n    print(multiprocessing.active_children())\n", id="dropped"),
-        pytest.param(READ + "    globals().update(batches=batches)\n    print([])\n", id="left open at exit"),
-        pytest.param("    batches.close()\n    print('workers 1 2')\n    print([])\n", id="closed at once"),
-        pytest.param(
-            """
-    with batches:
-        for _, batch in zip(range(40), batches):
-            pass
-        print("workers", *(child.pid for child in multiprocessing.active_children()), flush=True)
-    print(multiprocessing.active_children())
-""",
-            id="used for a while",
-        ),
+        pytest.param(FIRST + "    del batches\n", id="dropped"),
+        pytest.param(FIRST + "    globals().update(kept=batches); return\n", id="left open at exit"),
+        pytest.param("    print(2)\n    batches.close()\n", id="closed while workers start"),
+        pytest.param(MANY, id="used for a while"),
     ],
 )
 def test_normal_ends_are_silent(tmp_path: Path, make_folder: Callable[..., Path], ending: str) -> None:
-    with program(tmp_path, make_folder("photos", 40), ending) as process:
-        pids = [] if "workers 1 2" in ending else worker_pids(process)
-        out, err = ended(process, pids, within=30)
-    assert (process.returncode, out.splitlines()[-1], err) == (0, "[]", "")
+    with Program(tmp_path, make_folder("photos", 40), ending + CHILDREN) as program:
+        assert program.first_line() == "2"
+        assert program.ended() == (0, [] if "return" in ending else ["0"], "")
 
 
 def test_an_exception_shows_itself_alone(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
-    with program(tmp_path, make_folder("photos", 40), READ + "    raise KeyError('mine')\n") as process:
-        _, err = ended(process, worker_pids(process))
-    assert process.returncode == 1
+    with Program(tmp_path, make_folder("photos", 40), FIRST + "    raise KeyError('mine')\n") as program:
+        code, _, err = program.ended()
+    assert code == 1
     assert err.count("Traceback") == 1
     assert err.endswith("KeyError: 'mine'\n")
 
 
 CTRL_C = """
+    print("started")
     try:
         with batches:
-            READ
+            list(batches)
     except KeyboardInterrupt:
-        print("stopped", flush=True)
+        print("stopped")
 """
 
 
-@pytest.mark.parametrize("wait", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("wait", [0.4, 2.0])
 def test_ctrl_c_reaches_the_owner_alone(tmp_path: Path, make_folder: Callable[..., Path], wait: float) -> None:
     """Also while the workers still start."""
-    lines = 'print("started", flush=True)\n            list(batches)'
-    with program(tmp_path, make_folder("photos", 40), CTRL_C.replace("READ", lines)) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
+    with Program(tmp_path, make_folder("photos", 40), CTRL_C) as program:
+        program.first_line()
         time.sleep(wait)
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = ended(process, [])
-    assert (process.returncode, out, err) == (0, "stopped\n", "")
+        program.signal_group(signal.SIGINT)
+        assert program.ended() == (0, ["stopped"], "")
 
 
 HANDLED = """
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     next(batches)
-    print("workers", *(child.pid for child in multiprocessing.active_children()), flush=True)
+    print("started")
     with batches:
         while not stop:
             next(batches)
         for _ in range(20):
             next(batches)
-    print("stopped", flush=True)
+    print("stopped")
 """
 
 
 def test_sigterm_to_the_group_leaves_the_workers_to_the_owner(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
     """As a cluster sends it to every process of a job: the owner still wants batches while it winds up."""
-    with program(tmp_path, make_folder("photos", 40), HANDLED) as process:
-        pids = worker_pids(process)
-        os.killpg(process.pid, signal.SIGTERM)
-        out, err = ended(process, pids)
-    assert (process.returncode, out, err) == (0, "stopped\n", "")
+    with Program(tmp_path, make_folder("photos", 40), HANDLED) as program:
+        program.first_line()
+        program.signal_group(signal.SIGTERM)
+        assert program.ended() == (0, ["stopped"], "")
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_an_owner_that_is_killed_takes_its_workers_along(
     tmp_path: Path, make_folder: Callable[..., Path], how: signal.Signals
 ) -> None:
-    with program(tmp_path, make_folder("photos", 40), READ_ON) as process:
-        pids = worker_pids(process)
-        process.send_signal(how)
-        _, err = ended(process, pids)
+    with Program(tmp_path, make_folder("photos", 40), FIRST + "    for batch in batches: pass\n") as program:
+        assert program.first_line() == "2"
+        program.process.send_signal(how)
+        code, _, err = program.ended()
+    assert code == -how
     # Python's own resource tracker frees the shared memory that was in use, and says so.
     assert "Traceback" not in err
     for name in re.findall(r"psm_\w+", err):
@@ -182,9 +173,9 @@ def test_an_owner_that_is_killed_takes_its_workers_along(
 
 KILLED = """
     next(batches)
-    worker = multiprocessing.active_children()[0].pid
-    os.kill(worker, signal.SIGKILL)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     start = time.monotonic()
+    print("killed")
     try:
         for batch in batches:
             pass
@@ -196,17 +187,15 @@ KILLED = """
 
 
 def test_a_worker_that_is_killed_stops_the_run(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
-    with program(tmp_path, make_folder("photos", 40), KILLED) as process:
-        out, err = ended(process, [], within=30)
-    message, seconds, children = out.splitlines()
+    with Program(tmp_path, make_folder("photos", 40), KILLED) as program:
+        code, (message, seconds, children), err = program.ended()
+    assert (code, children) == (0, "[]")
     assert message.startswith("a worker process that reads images was killed by SIGKILL. If memory ran out, use fewer")
     assert float(seconds) < 6
-    assert children == "[]"
-    # What the killed worker had in shared memory is freed by the resource tracker, which says so.
-    assert "Traceback" not in err
+    assert "Traceback" not in err  # the resource tracker may say that it frees what the killed worker left
 
 
-def test_reading_needs_no_model_code(tmp_path: Path) -> None:
+def test_reading_needs_no_model_code() -> None:
     """Workers import what the pipeline imports; jax comes with Grain, the rest must not."""
     code = "import sys, mae_jax.data.pipeline; print({'flax', 'optax', 'torch', 'tensorflow'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# From a bare machine to a pretrained masked autoencoder: proof, run, picture, score. Can be run again; it continues.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh torch
+export PATH="$PWD/.venv/bin:$PATH"
+run=runs/digits
+
+echo; echo "== The numbers against PyTorch, stage by stage"
+python -m parity --report runs/parity
+
+echo; echo "== Pretraining on 1,797 handwritten digits"
+mae-jax pretrain digits --workdir "$run"
+
+echo; echo "== What it makes of hidden patches, and what its features are worth"
+mae-jax reconstruct "$run" --out "$run/reconstructions.png"
+mae-jax knn "$run"
+
+echo
+echo "Reconstructions:  $run/reconstructions.png"
+echo "Checkpoints:      $run/checkpoints"
+echo "Losses:           $run/metrics.jsonl"
+echo "Proof:            runs/parity/parity.md, parity.png"

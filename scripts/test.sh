@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Format, lint, types and tests, with all that they need installed into .venv. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh dev
+export PATH="$PWD/.venv/bin:$PATH"
+
+ruff format --check .
+ruff check .
+mypy
+exec python -m pytest "$@"

@@ -1,0 +1,61 @@
+"""The real command line in a process of its own, as a user runs it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Start = Callable[..., subprocess.Popen[str]]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+# A model that compiles in a second or two.
+TINY = [
+    "--model.encoder.width=32",
+    "--model.encoder.depth=2",
+    "--model.decoder.width=16",
+    "--model.decoder.depth=1",
+    "--model.decoder.heads=2",
+    "--batch-size=32",
+    "--log-every=1",
+    "--reconstruct-every=None",
+    "--optim.base-lr=0.02",
+    "--optim.warmup-epochs=0.05",
+]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Start `mae-jax ARGS`; compiled programs are kept between calls, so that a test costs seconds."""
+    cache = tmp_path_factory.mktemp("compiled")
+
+    def call(*args: object, devices: int = 1) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "COLUMNS": "200",
+        }
+        command = [sys.executable, "-W", "error", "-m", "mae_jax.cli", *map(str, args)]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
+
+    return call
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def run(start: Start) -> Run:
+    """Run `mae-jax ARGS` to its end."""
+
+    def call(*args: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
+        process = start(*args, devices=devices)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return call

@@ -1,0 +1,336 @@
+"""The comparison bites: mistakes that known ports made are planted into mae_jax, one at a time.
+
+Each has to be caught, and at the stage where it belongs: the first one that departs.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mae_jax import rng
+from mae_jax.config import ModelConfig, TransformerConfig
+from mae_jax.models import layers, losses, mae, masking, patches, positions
+from mae_jax.train import optimizers
+from parity.compare import Result
+from parity.reference import STEPS_PER_EPOCH, Reference
+from parity.stages import run
+
+ENCODER, DECODER = TransformerConfig(16, 1, 2), TransformerConfig(12, 1, 3)
+MODELS = {
+    "paper": ModelConfig((16, 24), 4, 3, ENCODER, DECODER, norm_pix_loss=True),
+    "learned": ModelConfig((16, 24), 4, 3, ENCODER, DECODER, positions="learned"),
+}
+
+# All that comes before, and a little after, what a learned table is planted for.
+LEARNED_STAGES = ["images", "patchify", "position_tables", "noise", "masks", "encoder_input", "encoder_blocks"]
+
+Patch = pytest.MonkeyPatch
+
+
+def replace(patch: Patch, original: object, planted: object) -> None:
+    """Put `planted` wherever mae_jax has bound `original` to a name."""
+    places = [
+        (module, name)
+        for module_name, module in list(sys.modules.items())
+        if module_name.startswith("mae_jax")
+        for name, value in vars(module).items()
+        if value is original
+    ]
+    assert places
+    for module, name in places:
+        patch.setattr(module, name, planted)
+
+
+# --- 1 to 4: target, GELU, LayerNorm, positions ------------------------------------------------------------------
+
+
+def biased_variance(patch: Patch) -> None:
+    def planted(cut):
+        deviation = jnp.sqrt(cut.var(axis=-1, keepdims=True) + losses.TARGET_EPS)
+        return (cut - cut.mean(axis=-1, keepdims=True)) / deviation
+
+    replace(patch, losses.normalise_patches, planted)
+
+
+def tanh_gelu(patch: Patch) -> None:
+    replace(patch, layers.gelu, partial(nn.gelu, approximate=True))
+
+
+def layer_norm_eps(patch: Patch, eps: float) -> None:
+    patch.setattr(layers, "LAYER_NORM_EPS", eps)
+
+
+def swapped_halves(patch: Patch) -> None:
+    sincos2d = positions.sincos2d
+    replace(patch, sincos2d, lambda width, grid: np.roll(sincos2d(width, grid), width // 2, axis=1))
+
+
+def other_frequencies(patch: Patch) -> None:
+    planted = lambda coordinates, count: np.outer(coordinates, 10000.0 ** -np.linspace(0, 1, count))  # noqa: E731
+    patch.setattr(positions, "_angles", planted)
+
+
+# --- 5 and 6: noise and masks ------------------------------------------------------------------------------------
+
+
+def one_row_for_the_batch(patch: Patch) -> None:
+    draw = rng.example_uniforms
+    planted = lambda key, places, count: jnp.broadcast_to(draw(key, places, count)[:1], (len(places), count))  # noqa: E731
+    patch.setattr(rng, "example_uniforms", planted)
+
+
+def same_noise_on_every_device(patch: Patch) -> None:
+    draw = rng.example_uniforms
+    patch.setattr(rng, "example_uniforms", lambda key, places, count: draw(key, jnp.arange(len(places)), count))
+
+
+def rounded_hidden_count(patch: Patch) -> None:
+    patch.setattr(
+        ModelConfig, "keep", property(lambda self: self.num_patches - int(self.mask_ratio * self.num_patches))
+    )
+
+
+# --- 7: loss -----------------------------------------------------------------------------------------------------
+
+
+def loss_of_all_patches(patch: Patch) -> None:
+    compute = mae.MaskedAutoencoder.__call__
+
+    def planted(self, images, noise):
+        out = compute(self, images, noise)
+        return out._replace(loss=losses.patch_errors(out.pred, out.target).mean())
+
+    patch.setattr(mae.MaskedAutoencoder, "__call__", planted)
+
+
+def uneven_masks(patch: Patch) -> None:
+    """A mean of per-example means is another number only where examples hide differently many patches."""
+    keep_smallest = masking.keep_smallest
+
+    def planted(scores, keep):
+        return keep_smallest(scores, keep)._replace(hidden=(scores > jnp.median(scores)).astype(jnp.float32))
+
+    replace(patch, keep_smallest, planted)
+
+
+# --- 8 to 11: patches, decoder, attention, class token -----------------------------------------------------------
+
+
+def channel_first(patch: Patch) -> None:
+    patchify = patches.patchify
+
+    def planted(images, patch_hw):
+        cut = patchify(images, patch_hw)
+        return cut.reshape(*cut.shape[:2], -1, images.shape[-1]).swapaxes(2, 3).reshape(cut.shape)
+
+    replace(patch, patchify, planted)
+
+
+def positions_before_unshuffling(patch: Patch) -> None:
+    with_positions = mae.with_positions
+
+    def planted(tokens, table, mask, first):
+        if tokens.shape[1] == mask.ids_shuffle.shape[1]:
+            mask = mask._replace(ids_shuffle=jnp.broadcast_to(jnp.arange(tokens.shape[1]), mask.ids_shuffle.shape))
+        return with_positions(tokens, table, mask, first)
+
+    replace(patch, with_positions, planted)
+
+
+def key_query_value(patch: Patch) -> None:
+    attend = layers.attend
+    replace(patch, attend, lambda query, key, value, dtype: attend(key, query, value, dtype))
+
+
+def heads_split_last(patch: Patch) -> None:
+    """Channels cut as (head_dim, heads) where they are (heads, head_dim)."""
+    attend = layers.attend
+
+    def planted(query, key, value, dtype):
+        batch, heads, tokens, head_dim = query.shape
+        whole = lambda x: x.transpose(0, 2, 1, 3).reshape(batch, tokens, head_dim, heads)  # noqa: E731
+        return attend(*(whole(x).transpose(0, 3, 1, 2) for x in (query, key, value)), dtype)
+
+    replace(patch, attend, planted)
+
+
+def class_token_at_the_first_patch(patch: Patch) -> None:
+    fixed = positions.fixed_positions
+
+    def planted(kind, width, grid, class_token):
+        table = fixed(kind, width, grid, class_token)
+        return np.concatenate([table[1:2], table[1:]]) if class_token else table
+
+    replace(patch, fixed, planted)
+
+
+def no_row_for_the_class_token(patch: Patch) -> None:
+    fixed = positions.fixed_positions
+    replace(patch, fixed, lambda kind, width, grid, class_token: fixed(kind, width, grid, False))
+
+
+def class_token_without_its_row(patch: Patch) -> None:
+    with_positions = mae.with_positions
+
+    def planted(tokens, table, mask, first):
+        return with_positions(tokens, table if first is None else table.at[0].set(0), mask, first)
+
+    replace(patch, with_positions, planted)
+
+
+# --- 12 to 14: decay, learning rate, devices ---------------------------------------------------------------------
+
+
+def everything_decays(patch: Patch) -> None:
+    replace(patch, optimizers.decay_mask, lambda params: jax.tree.map(lambda p: True, params))
+
+
+def tokens_do_not_decay(patch: Patch) -> None:
+    replace(patch, optimizers.decay_mask, lambda params: jax.tree.map(lambda p: p.ndim == 2, params))
+
+
+def rate_of_whole_epochs(patch: Patch) -> None:
+    rate = optimizers.learning_rate
+    replace(patch, rate, lambda epoch, *args, **kwargs: rate(jnp.floor(epoch), *args, **kwargs))
+
+
+def warm_up_from_step_one(patch: Patch) -> None:
+    rate = optimizers.learning_rate
+    replace(patch, rate, lambda epoch, *args, **kwargs: rate(epoch + 1 / STEPS_PER_EPOCH, *args, **kwargs))
+
+
+def summed_gradients(patch: Patch) -> None:
+    patch.setattr(jax.lax, "pmean", jax.lax.psum)
+
+
+# --- 15: bfloat16 where float32 is due, in models that compute in bfloat16 ---------------------------------------
+
+
+class LowLayerNorm(layers.LayerNorm):
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), layers.wide(self.dtype))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), layers.wide(self.dtype))
+        low = x.astype(self.dtype)
+        centred = low - low.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + layers.LAYER_NORM_EPS)).astype(scale.dtype) * scale + bias
+
+
+def low_layer_norm(patch: Patch) -> None:
+    replace(patch, layers.LayerNorm, LowLayerNorm)
+
+
+def low_softmax(patch: Patch) -> None:
+    def planted(query, key, value, dtype):
+        scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.mT).astype(dtype)
+        return jnp.matmul(nn.softmax(scores, axis=-1), value)
+
+    replace(patch, layers.attend, planted)
+
+
+def low_loss(patch: Patch) -> None:
+    compute = mae.MaskedAutoencoder.__call__
+
+    def planted(self, images, noise):
+        out = compute(self, images, noise)
+        if self.config.dtype != "bfloat16":
+            return out
+        errors = losses.patch_errors(out.pred.astype("bfloat16"), out.target.astype("bfloat16"))
+        return out._replace(loss=errors.mean().astype("float32"))
+
+    patch.setattr(mae.MaskedAutoencoder, "__call__", planted)
+
+
+@dataclass(frozen=True)
+class Trap:
+    """A mistake and where it has to show; `tensor` where the stage alone does not say enough."""
+
+    number: int
+    plant: Callable[[Patch], None]
+    stage: str
+    tensor: str = ""
+    model: str = "paper"
+
+    def __str__(self) -> str:
+        name = self.plant.func.__name__ if isinstance(self.plant, partial) else self.plant.__name__
+        value = f" {self.plant.keywords}" if isinstance(self.plant, partial) else ""
+        return f"{self.number} {name}{value}"
+
+
+TRAPS = [
+    Trap(1, biased_variance, "target"),
+    Trap(2, tanh_gelu, "encoder block 0"),
+    Trap(3, partial(layer_norm_eps, eps=1e-5), "encoder block 0"),
+    Trap(3, partial(layer_norm_eps, eps=1e-12), "encoder block 0"),
+    Trap(4, swapped_halves, "positions sincos2d"),
+    Trap(4, other_frequencies, "positions sincos2d"),
+    Trap(5, one_row_for_the_batch, "noise"),
+    Trap(5, same_noise_on_every_device, "noise"),
+    Trap(6, rounded_hidden_count, "mask random"),
+    Trap(7, loss_of_all_patches, "loss"),
+    Trap(7, uneven_masks, "mask random"),
+    Trap(8, channel_first, "patchify"),
+    Trap(9, positions_before_unshuffling, "decoder input"),
+    Trap(10, key_query_value, "encoder block 0"),
+    Trap(10, heads_split_last, "encoder block 0"),
+    Trap(11, class_token_at_the_first_patch, "positions sincos2d"),
+    Trap(11, no_row_for_the_class_token, "positions sincos2d"),
+    Trap(11, class_token_without_its_row, "encoder input", model="learned"),
+    Trap(12, everything_decays, "parameter groups"),
+    Trap(12, tokens_do_not_decay, "parameter groups", "cls_token"),
+    Trap(13, rate_of_whole_epochs, "learning rate"),
+    Trap(13, warm_up_from_step_one, "learning rate"),
+    Trap(14, summed_gradients, "gradient averaged over devices"),
+    Trap(15, low_layer_norm, "mixed precision", "LayerNorm of 64 + normal"),
+    Trap(15, low_softmax, "mixed precision", "softmax of large scores"),
+    Trap(15, low_loss, "mixed precision", "loss of its own prediction"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_and_quick():
+    """Compile without optimisation, a quarter of the time; tiny products are no work for two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Reference]:
+    """PyTorch's side, which no trap touches, and the noise, drawn before any is planted."""
+    return {name: Reference(config, "float64") for name, config in MODELS.items()}
+
+
+def first_departure(reference: Reference, stages: Sequence[str] = ()) -> Result | None:
+    return next((result for stage in run(reference, stages) for result in stage if not result.passed), None)
+
+
+def test_nothing_departs_without_a_trap(references):
+    assert len(jax.local_devices()) > 1, "some traps show on two devices only"
+    assert first_departure(references["paper"]) is None
+    assert first_departure(references["learned"], LEARNED_STAGES) is None
+
+
+@pytest.mark.parametrize("trap", TRAPS, ids=str)
+def test_trap_is_caught_where_it_belongs(references, monkeypatch, trap):
+    trap.plant(monkeypatch)
+    departure = first_departure(references[trap.model], LEARNED_STAGES if trap.model == "learned" else ())
+    assert departure is not None, "the comparison did not notice"
+    assert departure.stage == trap.stage
+    assert trap.tensor in ("", departure.tensor)
+
+
+def test_every_trap_is_planted():
+    assert {trap.number for trap in TRAPS} == set(range(1, 16))
