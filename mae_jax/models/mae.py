@@ -200,7 +200,7 @@ class MaskedAutoencoder(nn.Module):
             latent=self.in_image_order(latent, mask) if config.encoder_mask_tokens else latent,
         )
 
-    def encode(self, images: Float[Array, "batch height width channels"]) -> Tokens:
+    def encode(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens encoder_width"]:
         """The encoder's tokens with every patch visible: class token first, then the patches in image order."""
         patches = patchify(images.astype(wide(self.config.dtype)), self.config.patch_hw)
         ids = jnp.broadcast_to(jnp.arange(patches.shape[1]), patches.shape[:2])
