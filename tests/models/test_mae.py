@@ -1,6 +1,7 @@
 """The masked autoencoder for every choice that a configuration offers."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,32 +10,27 @@ import pytest
 
 from mae_jax.config import ModelConfig, TransformerConfig
 from mae_jax.models.mae import MaskedAutoencoder
-from mae_jax.models.masking import make_mask
+from mae_jax.models.masking import Mask, make_mask
 from mae_jax.models.patches import patchify
+
+cut = inspect.unwrap(patchify)  # for NumPy arrays
 
 PLAIN = ModelConfig(
     image_size=(8, 12),
     patch_size=(4, 2),
-    encoder=TransformerConfig(width=16, depth=2, heads=2, mlp_ratio=2.0),
+    encoder=TransformerConfig(width=16, depth=1, heads=2, mlp_ratio=2.0),
     decoder=TransformerConfig(width=12, depth=1, heads=3, mlp_ratio=2.0),
     mask_ratio=0.6,
 )
+# Together they hold every choice at least once.
 CHANGES = {
     "plain": {},
-    "no class token": {"class_token": False},
-    "sincos1d": {"positions": "sincos1d"},
-    "learned": {"positions": "learned"},
-    "learned, no class token": {"positions": "learned", "class_token": False},
-    "block": {"masking": "block"},
-    "grid": {"masking": "grid", "mask_ratio": 0.75},
-    "normalised": {"norm_pix_loss": True},
-    "loss on all": {"loss_on": "all"},
-    "normalised, loss on all": {"norm_pix_loss": True, "loss_on": "all"},
-    "mask tokens": {"encoder_mask_tokens": True},
-    "mask tokens, no class token": {"encoder_mask_tokens": True, "class_token": False},
-    "1 channel": {"in_channels": 1},
-    "4 channels": {"in_channels": 4},
-    "12 channels": {"in_channels": 12},
+    "sincos1d, no class token, block mask": {"positions": "sincos1d", "class_token": False, "masking": "block"},
+    "learned, grid mask": {"positions": "learned", "masking": "grid", "mask_ratio": 0.75, "in_channels": 4},
+    "learned, no class token, normalised": {"positions": "learned", "class_token": False, "norm_pix_loss": True},
+    "loss on all, normalised": {"loss_on": "all", "norm_pix_loss": True, "in_channels": 12},
+    "mask tokens, 1 channel": {"encoder_mask_tokens": True, "in_channels": 1},
+    "mask tokens, no class token": {"encoder_mask_tokens": True, "class_token": False, "loss_on": "all"},
     "bfloat16": {"dtype": "bfloat16"},
     "recomputed": {"remat": True},
 }
@@ -46,11 +42,18 @@ def inputs(config, batch=3, seed=0):
     return jnp.asarray(images, jnp.float32), jnp.asarray(rng.random((batch, config.num_patches)), jnp.float32)
 
 
+def draw_params(model, *args):
+    """Parameters of the right shapes, none of them zero; drawn by NumPy, since `init` takes seconds to compile."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *args)["params"]
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype), shapes)
+
+
 def build(config):
     """The compiled model, its parameters, images and noise."""
     model = MaskedAutoencoder(config)
     images, noise = inputs(config)
-    params = jax.jit(model.init)(jax.random.key(0), images, noise)["params"]
+    params = draw_params(model, images, noise)
     return jax.jit(lambda params, *args: model.apply({"params": params}, *args)), params, images, noise
 
 
@@ -66,12 +69,14 @@ def test_outputs_and_the_textbook_loss(name):
     assert out.latent.shape == (3, seen + config.class_token, config.encoder.width)
     assert {leaf.dtype.name for leaf in out} == {"float32", "int32"}
 
-    patches = np.asarray(patchify(images, config.patch_hw), np.float64)
+    patches = cut(np.asarray(images, np.float64), config.patch_hw)
     if config.norm_pix_loss:
         deviation = np.sqrt(patches.var(-1, ddof=1, keepdims=True) + 1e-6)
         patches = (patches - patches.mean(-1, keepdims=True)) / deviation
     np.testing.assert_allclose(out.target, patches, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(out.mask, make_mask(noise, config).hidden)
+    mask = jax.jit(make_mask, static_argnums=1)(noise, config)
+    np.testing.assert_array_equal(out.mask, mask.hidden)
+    np.testing.assert_array_equal(out.ids_restore, mask.ids_restore)
 
     errors = np.square(np.asarray(out.pred, np.float64) - np.asarray(out.target, np.float64)).mean(-1)
     counted = np.asarray(out.mask) if config.loss_on == "hidden" else np.ones_like(errors)
@@ -79,13 +84,13 @@ def test_outputs_and_the_textbook_loss(name):
     np.testing.assert_allclose(out.loss, (errors * counted).sum() / counted.sum(), rtol=rtol)
 
 
-@pytest.mark.parametrize("name", ["plain", "mask tokens", "no class token"])
+@pytest.mark.parametrize("name", ["plain", "mask tokens, 1 channel"])
 def test_hidden_pixels_do_not_reach_the_prediction(name):
     config = dataclasses.replace(PLAIN, **CHANGES[name])
     apply, params, images, noise = build(config)
     out = apply(params, images, noise)
     hidden = np.asarray(out.mask)[..., None] == 1
-    patches = np.asarray(patchify(images, config.patch_hw))
+    patches = cut(np.asarray(images), config.patch_hw)
 
     def seen_with(changed):
         rows, columns = config.grid
@@ -101,22 +106,25 @@ def test_hidden_pixels_do_not_reach_the_prediction(name):
     assert (np.asarray(visible_changed.latent) != np.asarray(out.latent)).any(axis=(1, 2)).all()
 
 
-@pytest.mark.parametrize("name", ["plain", "no class token", "learned"])
+@pytest.mark.parametrize("name", ["plain", "learned, no class token, normalised"])
 def test_encode_shows_the_encoder_every_patch(name):
     """The same tokens as from all patches in another order, which is what a mask that hides nothing would give."""
     config = dataclasses.replace(PLAIN, **CHANGES[name])
     _, params, images, _ = build(config)
     model = MaskedAutoencoder(config)
-    whole = jax.jit(lambda params, images: model.apply({"params": params}, images, method="encode"))(params, images)
+    order = np.random.default_rng(0).permuted(np.tile(np.arange(12), (3, 1)), axis=1)
+    mask = Mask(jnp.asarray(order), jnp.asarray(order.argsort(axis=1)), jnp.zeros((3, 12)))
+
+    @jax.jit
+    def both(params, images):
+        def shuffled(module, images):
+            patches = jnp.take_along_axis(patchify(images, config.patch_hw), mask.ids_shuffle[..., None], axis=1)
+            return module.in_image_order(module.encoder(patches, mask), mask)
+
+        return [model.apply({"params": params}, images, method=method) for method in ("encode", shuffled)]
+
+    whole, again = both(params, images)
     assert whole.shape == (3, config.num_patches + config.class_token, 16)
-
-    def shuffled(module, images):
-        order = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(12), (3, 1)), axis=1))
-        mask = make_mask(order.astype(jnp.float32), config)
-        patches = jnp.take_along_axis(patchify(images, config.patch_hw), mask.ids_shuffle[..., None], axis=1)
-        return module.in_image_order(module.encoder(patches, mask), mask)
-
-    again = jax.jit(lambda params, images: model.apply({"params": params}, images, method=shuffled))(params, images)
     np.testing.assert_allclose(again, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -132,22 +140,8 @@ def test_wrong_shapes_are_refused_with_both(images, noise):
         assert str(shape) in str(refused.value)
 
 
-def test_recomputing_blocks_gives_equal_losses_and_gradients():
-    _, params, images, noise = build(PLAIN)
-
-    def value_and_grad(config):
-        model = MaskedAutoencoder(config)
-        return jax.jit(jax.value_and_grad(lambda params: model.apply({"params": params}, images, noise).loss))
-
-    loss, gradient = value_and_grad(PLAIN)(params)
-    loss_again, gradient_again = value_and_grad(dataclasses.replace(PLAIN, remat=True))(params)
-    np.testing.assert_allclose(loss_again, loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient_again, gradient)
-
-
 def test_what_is_not_used_is_not_computed():
     """The loss alone leaves out the prediction of visible patches."""
-    jax.config.update("jax_disable_most_optimizations", False)
     config = dataclasses.replace(PLAIN, image_size=(32, 32), patch_size=8)
     model = MaskedAutoencoder(config)
     images, noise = inputs(config)
@@ -164,4 +158,3 @@ def test_what_is_not_used_is_not_computed():
     # The last product over all patches, 2 x batch x L x d x P, has to be done for `pred`.
     product = 2 * 3 * config.num_patches * config.decoder.width * config.patch_dim
     assert both - loss > 0.9 * product
-    assert flops("mask") < 0.1 * loss
