@@ -301,7 +301,8 @@ class MaskedAutoencoder(nn.Module):
         x = stages["decoder.input"] = x + self.decoder_pos_embed
         for i, block in enumerate(self.decoder_blocks):
             x = stages[f"decoder.block_{i}"] = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, first_patch:]
+        x = stages["decoder.norm"] = self.decoder_norm(x)
+        return self.decoder_pred(x)[:, first_patch:]
 
     def loss(self, pred: Tensor, target: Tensor, mask: Float[Tensor, "B L"]) -> Float[Tensor, ""]:
         """Mean squared error of the hidden patches, or of all."""
