@@ -25,12 +25,8 @@ class Ours:
         self.params = jax.tree.map(jnp.asarray, from_fair(reference.weights, self.config))
         self.bytes = reference.bytes
         self.positions = reference.positions
+        self.images = jnp.asarray(reference.images[0].movedim(1, -1).numpy())
         self.noise = jnp.asarray(reference.noise[0])
-
-    @cached_property
-    def images(self) -> jax.Array:
-        """The first batch, normalised."""
-        return steps.normalise_images(jnp.asarray(self.bytes[0]), self.run_config.augment, self.config.dtype)
 
     @cached_property
     def forward(self) -> tuple[mae.Output, dict[str, jax.Array]]:

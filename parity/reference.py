@@ -25,7 +25,7 @@ def run_config(model: ModelConfig, batch_size: int, seed: int) -> PretrainConfig
     return PretrainConfig(
         model=model,
         augment=AugmentConfig(
-            mean=tuple(0.4 + 0.02 * c for c in channels), std=tuple(0.2 + 0.01 * c for c in channels)
+            mean=tuple(0.48 + 0.01 * c for c in channels), std=tuple(0.28 + 0.005 * c for c in channels)
         ),
         optim=OptimConfig(base_lr=1e-3 * 256 / batch_size, min_lr=1e-5, warmup_epochs=1.4),
         batch_size=batch_size,

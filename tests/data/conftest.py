@@ -4,17 +4,10 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-
-def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth colours with some noise, uint8 (height, width, 3): compresses like a photograph."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    return np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
+from tests.data.photographs import photograph
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import photograph
 from PIL import Image, ImageDraw
 
 from mae_jax.data.decoding import BrokenImage, decode, mode_for
 from mae_jax.errors import StatedError
+from tests.data.photographs import photograph
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:

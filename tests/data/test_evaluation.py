@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mae_jax.data.evaluation import evaluation_batches, load_images
+from mae_jax.data.evaluation import evaluation_batches, load_images, load_samples
 from mae_jax.data.sources import open_source
 from mae_jax.data.transforms import center_crop, to_array
 from mae_jax.errors import StatedError
@@ -49,3 +49,12 @@ def test_images_by_path(make_folder: Callable[..., Path]) -> None:
         load_images([*files, str(folder / "b/003.jpg")], (16, 24), 3)
     with pytest.raises(StatedError, match=r"missing\.jpg does not decode: No such file"):
         load_images([str(folder / "missing.jpg")], (16, 24), 3)
+
+
+def test_samples_pass_over_broken_files(make_folder: Callable[..., Path]) -> None:
+    source = open_source(f"folder:{make_folder('photos', 6, broken=(1, 2))}", 3)
+    images = load_samples(source, [2, 3, 1, 0, 5], 2, (16, 24))
+    assert (images == [to_array(center_crop(source.load(i), (16, 24))) for i in (3, 0)]).all()
+    assert len(load_samples(source, [2, 3], 9, (16, 24))) == 1
+    with pytest.raises(StatedError, match="no image decodes"):
+        load_samples(source, [1, 2], 2, (16, 24))

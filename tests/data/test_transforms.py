@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from conftest import photograph
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,6 +11,7 @@ from PIL import Image
 from mae_jax.config import AugmentConfig
 from mae_jax.data.transforms import augment, center_crop, random_resized_crop_box, resized_crop, to_array
 from mae_jax.rng import host_generator
+from tests.data.photographs import photograph
 
 PHOTO = Image.fromarray(photograph(90, 131))
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
