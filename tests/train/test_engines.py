@@ -1,0 +1,122 @@
+"""Eight simulated devices compute what one computes."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mae_jax import rng
+from mae_jax.errors import StatedError
+from mae_jax.models.mae import MaskedAutoencoder
+from mae_jax.train.engines import AXIS, choose_devices, pmap_engine
+from mae_jax.train.steps import loss_and_gradients, make_step, normalise_images
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def engine_of(config, count):
+    return pmap_engine(
+        functools.partial(_step, config), jax.local_devices()[:count], config.batch_size, config.accumulate
+    )
+
+
+def _step(config, axis):
+    return make_step(config, steps_per_epoch=4.0, epochs=10.0, axis_name=axis)
+
+
+def losses_on(config, count, begin, given):
+    engine = engine_of(config, count)
+    state, losses = engine.place(begin(config)), []
+    for batch in given:
+        state, metrics = engine.step(state, engine.put(batch))
+        losses.append(float(metrics.loss))
+    return losses
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Losses of 20 steps on one device, by configuration."""
+    return {}
+
+
+@pytest.mark.parametrize(("count", "accumulate"), [(2, 1), (4, 1), (8, 1), (2, 4)])
+def test_losses_do_not_depend_on_the_number_of_devices(tiny, begin, batches, reference, count, accumulate):
+    # A rate at which the loss falls; Adam's eps keeps it from magnifying the rounding of the key bias's zero gradient.
+    one = tiny(base_lr=0.04, eps=1e-4)
+    given = batches(20)
+    if not reference:
+        reference["losses"] = losses_on(one, 1, begin, given)
+    losses = losses_on(tiny(base_lr=0.04, eps=1e-4, accumulate=accumulate), count, begin, given)
+    np.testing.assert_allclose(losses, reference["losses"], rtol=1e-6)
+    assert len(set(losses)) == 20
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def gradients_on(config, count, params, batch):
+    """Loss and gradients as the step averages them, which Adam would hide: it divides any factor out."""
+    model = MaskedAutoencoder(config.model)
+
+    def compute(params, batch):
+        images = normalise_images(batch.images, config.augment, "float32")
+        noise = rng.example_uniforms(rng.device_key(config.seed, "mask"), batch.positions, config.model.num_patches)
+        loss, gradients = loss_and_gradients(model, params, images, noise, config.accumulate)
+        return jax.lax.pmean((loss, gradients), AXIS)
+
+    engine = engine_of(config, count)
+    compiled = jax.pmap(compute, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=engine.devices)
+    return jax.device_get(compiled(engine.place(params), engine.put(batch)))
+
+
+@pytest.mark.parametrize(("count", "accumulate"), [(8, 1), (2, 4)])
+def test_gradients_do_not_depend_on_the_number_of_devices(tiny, begin, batches, count, accumulate):
+    params, batch = begin(tiny()).params, batches(1)[0]
+    loss, gradients = gradients_on(tiny(), 1, params, batch)
+    loss_again, again = gradients_on(tiny(accumulate=accumulate), count, params, batch)
+    np.testing.assert_allclose(loss_again, loss, rtol=1e-6)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * largest), again, gradients)
+
+
+def test_a_step_on_devices(tiny, begin, batches):
+    """The state is donated and stays replicated; the norm is that of the averaged gradient."""
+    engine, batch = engine_of(tiny(), 4), batches(1)[0]
+    before = engine.place(begin(tiny()))
+    after, metrics = engine.step(before, engine.put(batch))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.optimizer)))
+    for leaf, start in zip(jax.tree.leaves(after), jax.tree.leaves(begin(tiny())), strict=True):
+        assert leaf.shape == start.shape
+        assert leaf.is_fully_replicated
+        assert len(leaf.devices()) == 4
+        parts = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert all((part == parts[0]).all() for part in parts)
+    loss, gradients = gradients_on(tiny(), 1, begin(tiny()).params, batch)
+    norm = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(gradients)))
+    np.testing.assert_allclose([metrics.loss, metrics.grad_norm], [loss, norm], rtol=1e-5)
+
+
+def test_a_batch_is_cut_in_order(tiny, batches):
+    batch = batches(1)[0]
+    put = engine_of(tiny(), 4).put(batch)
+    assert put.images.shape == (4, 4, 8, 8, 1)
+    shards = sorted(put.positions.addressable_shards, key=lambda shard: shard.device.id)
+    assert [np.ravel(shard.data).tolist() for shard in shards] == np.arange(16).reshape(4, 4).tolist()
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "nearest"), [(20, 1, 16), (20, 2, 16), (30, 1, 32), (2, 1, 8)])
+def test_a_batch_that_does_not_divide_is_refused(tiny, batch_size, accumulate, nearest):
+    said = rf"batch_size {batch_size} .* 8 devices x accumulate {accumulate} \(nearest that is: {nearest}\)"
+    with pytest.raises(StatedError, match=said):
+        engine_of(tiny(batch_size=batch_size, accumulate=accumulate), 8)
+
+
+def test_devices_are_the_first_ones():
+    assert choose_devices(None) == jax.local_devices()
+    assert choose_devices(3) == jax.local_devices()[:3]
+    with pytest.raises(StatedError, match=r"devices 9 asked for, this host has 8 \(cpu\)"):
+        choose_devices(9)
+
+
+def test_simulated_devices_do_not_run_ahead(tiny):
+    """They share threads: several collectives at once would wait for each other for ever."""
+    assert [engine_of(tiny(), count).in_flight for count in (1, 2)] == [8, 1]
