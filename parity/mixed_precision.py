@@ -28,7 +28,7 @@ def layer_norm(generator: np.random.Generator) -> Pair:
     """A mean of 64: there bfloat16 is spaced by 1/2, half a standard deviation."""
     x = 64 + generator.standard_normal((2, 8, 32)).astype(np.float32)
     ours = layers.LayerNorm("bfloat16").apply(
-        {"params": {"scale": np.ones(32, "float32"), "bias": np.zeros(32, "float32")}}, x
+        {"params": {"scale": np.ones(32, "float32"), "bias": np.zeros(32, "float32")}}, jnp.asarray(x)
     )
     theirs = torch.nn.functional.layer_norm(torch.from_numpy(x), (32,), eps=torch_mae.EPS)
     return Pair("mixed precision", "LayerNorm of 64 + normal", ours, theirs, "bfloat16")

@@ -126,7 +126,7 @@ def encoder_blocks(ours: Ours, reference: Reference) -> Pairs:
 
 def latent(ours: Ours, reference: Reference) -> Pairs:
     """The encoder's final LayerNorm."""
-    last = reference.stages[f"encoder.block_{ours.config.encoder.depth - 1}"]
+    last = jnp.asarray(reference.stages[f"encoder.block_{ours.config.encoder.depth - 1}"])
     norm = layers.LayerNorm(ours.config.dtype).apply({"params": ours.params["encoder"]["norm"]}, last)
     yield Pair("latent", "same input", norm, reference.stages["latent"], "stage")
     yield Pair("latent", "whole pass", ours.forward[0].latent, reference.stages["latent"], "forward")
@@ -165,7 +165,7 @@ def decoder_input(ours: Ours, reference: Reference) -> Pairs:
     shuffle = np.argsort(theirs["ids_restore"], axis=1)
     mask = masking.Mask(*(jnp.asarray(values) for values in (shuffle, theirs["ids_restore"], theirs["mask"])))
     # Shuffling is unshuffling by the inverse.
-    given = unshuffled(ours.config, theirs["latent"], shuffle)
+    given = jnp.asarray(unshuffled(ours.config, theirs["latent"], shuffle))
     embedded = ours.model.apply({"params": ours.params}, given, mask, method=lambda m, *args: m.decoder.embed(*args))
     passed = ours.forward[1]["decoder.embed"]
     in_image_order = partial(unshuffled, ours.config, ids_restore=theirs["ids_restore"])
@@ -184,7 +184,7 @@ def prediction(ours: Ours, reference: Reference) -> Pairs:
     The projection's own row has the bound of a whole pass in float32: no residual stands beside its product, and at
     512 terms XLA's product on a CPU is 1.1e-6 from exact (PyTorch's 6e-7). In float64 the two bounds are one.
     """
-    last = reference.stages[f"decoder.block_{ours.config.decoder.depth - 1}"]
+    last = jnp.asarray(reference.stages[f"decoder.block_{ours.config.decoder.depth - 1}"])
     norm = layers.LayerNorm(ours.config.dtype).apply({"params": ours.params["decoder"]["norm"]}, last)
     yield Pair("prediction", "LayerNorm, same input", norm, reference.stages["decoder.norm"], "stage")
     tokens = last[:, int(ours.config.class_token) :]

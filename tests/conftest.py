@@ -1,7 +1,22 @@
-"""Eight simulated devices: read when jax first looks for devices."""
+"""Eight simulated devices: read when jax first looks for devices. Signatures are checked as functions are called."""
 
 import os
+
+import hypothesis
+import jaxtyping
+
+from tests import signatures
 
 FLAG = "--xla_force_host_platform_device_count"
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
+
+# Where arrays have shapes in their signatures; elsewhere the type checker has looked.
+jaxtyping.install_import_hook(
+    ["mae_jax.rng", "mae_jax.models", "mae_jax.train.optimizers", "mae_jax.train.steps", "mae_jax.evaluation"],
+    f"{signatures.__name__}.check",
+)
+
+# The same examples in every run, and no deadline: the first call of a compiled function is slow.
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=40)
+hypothesis.settings.load_profile("repeatable")

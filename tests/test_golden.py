@@ -76,7 +76,7 @@ def assert_close(ours, expected, bound=1e-10):
 
 
 def test_patches(golden):
-    images = golden["imgs"].transpose(0, 2, 3, 1)
+    images = jnp.asarray(golden["imgs"].transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(patchify(images.astype(np.float64), (8, 8)), golden["f64/patchify"])
     np.testing.assert_array_equal(patchify(images, (8, 8)), golden["f32/patchify"])
 
@@ -86,8 +86,8 @@ def test_patches(golden):
 def test_forward(golden, weights, norm_pix, prefix, dtype, bound):
     config = model_config(norm_pix, dtype)
     images = jnp.asarray(golden["imgs"].transpose(0, 2, 3, 1), dtype)
-    model = MaskedAutoencoder(config)
-    out = jax.jit(lambda params: model.apply({"params": params}, images, golden["noise"]))(params_in(weights, config))
+    model, noise = MaskedAutoencoder(config), jnp.asarray(golden["noise"])
+    out = jax.jit(lambda params: model.apply({"params": params}, images, noise))(params_in(weights, config))
     np.testing.assert_array_equal(out.mask, golden["mask"])
     np.testing.assert_array_equal(out.ids_restore, golden["ids_restore"])
     expected = {name: golden[f"{prefix}/{name}"] for name in ("latent", "pred", f"norm_pix={norm_pix:d}/loss")}
@@ -100,8 +100,8 @@ def test_forward(golden, weights, norm_pix, prefix, dtype, bound):
 def test_gradients(golden, weights, norm_pix):
     config = model_config(norm_pix)
     images = jnp.asarray(golden["imgs"].transpose(0, 2, 3, 1), "float64")
-    model = MaskedAutoencoder(config)
-    compute = jax.jit(lambda params: loss_and_gradients(model, params, images, golden["noise"])[1])
+    model, noise = MaskedAutoencoder(config), jnp.asarray(golden["noise"])
+    compute = jax.jit(lambda params: loss_and_gradients(model, params, images, noise)[1])
     ours = to_fair(compute(params_in(weights, config)), config)
 
     prefix = f"f64/norm_pix={norm_pix:d}/grad/"

@@ -1,6 +1,6 @@
 """Where images come from: a source by its name."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -10,6 +10,7 @@ from mae_jax.data.folder import FolderSource
 from mae_jax.errors import StatedError
 
 
+@runtime_checkable
 class Source(Protocol):
     """Numbered images. A source is sent to worker processes, so it can be pickled and is small."""
 

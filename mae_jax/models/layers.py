@@ -4,6 +4,8 @@ Matrix products run in `dtype`. The residual stream, LayerNorm, softmax and para
 `wide(dtype)`: float32, or float64 where that is asked for.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,29 @@ class LayerNorm(nn.Module):
         return centred * jax.lax.rsqrt(variance + LAYER_NORM_EPS) * scale + bias
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(
+    left: Float[Array, "batch heads rows inner"], right: Float[Array, "batch heads inner columns"], dtype: Dtype
+) -> Float[Array, "batch heads rows columns"]:
+    """A matrix product of factors in `dtype`, given in `wide(dtype)`.
+
+    Its gradient comes in `wide(dtype)` and is rounded to `dtype`: JAX would multiply it as it is, in float32 where
+    bfloat16 is asked for.
+    """
+    return jnp.matmul(left, right, preferred_element_type=wide(dtype))
+
+
+def _product_forward(left: Array, right: Array, dtype: Dtype) -> tuple[Array, tuple[Array, Array]]:
+    return product(left, right, dtype), (left, right)
+
+
+def _product_backward(dtype: Dtype, factors: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    return jax.vjp(jnp.matmul, *factors)[1](gradient.astype(dtype))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 def attend(
     query: Float[Array, "batch heads tokens head_dim"],
     key: Float[Array, "batch heads tokens head_dim"],
@@ -64,9 +89,9 @@ def attend(
     The rows of weights are as long as the sequence, the rows of the result only as long as a head:
     dividing those is less work, and equal in exact arithmetic.
     """
-    scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.mT, preferred_element_type=wide(dtype))
+    scores = product(query * query.shape[-1] ** -0.5, key.mT, dtype)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    mixed = jnp.matmul(weights.astype(dtype), value, preferred_element_type=wide(dtype))
+    mixed = product(weights.astype(dtype), value, dtype)
     return (mixed / weights.sum(axis=-1, keepdims=True)).astype(dtype)
 
 

@@ -22,6 +22,9 @@ from mae_jax.models.masking import Ids, Mask, Noise, make_mask
 from mae_jax.models.patches import patchify
 from mae_jax.models.positions import fixed_positions
 
+# What the encoder gives the decoder, which has more tokens of another width.
+Latent = Float[Array, "batch seen encoder_width"]
+
 token_init = nn.initializers.normal(0.02)
 
 
@@ -49,7 +52,7 @@ def pick(rows: Float[Array, "batch rows values"], ids: Int[Array, "batch ids"]) 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
     """U(-fan_in^-1/2, fan_in^-1/2): torch's default for a convolution, which the authors leave on the projection."""
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
     return init
@@ -110,7 +113,7 @@ class Decoder(nn.Module):
         self.norm = LayerNorm(config.dtype)
         self.pred = dense(config.patch_dim, config.dtype)
 
-    def embed(self, latent: Tokens, mask: Mask) -> Tokens:
+    def embed(self, latent: Latent, mask: Mask) -> Tokens:
         """The encoder's tokens and the mask tokens, with positions, in the order of ids_shuffle, class token first."""
         config = self.config
         tokens = self.embed_latent(latent).astype(wide(config.dtype))
@@ -120,7 +123,7 @@ class Decoder(nn.Module):
             tokens = append_token(tokens, self.mask_token, config.num_patches)
         return with_positions(tokens, self.position_table, mask, first)
 
-    def __call__(self, latent: Tokens, mask: Mask) -> Tokens:
+    def __call__(self, latent: Latent, mask: Mask) -> Tokens:
         """Every patch's token after the blocks, in the order of ids_shuffle, without the class token."""
         x = self.embed(latent, mask)
         for block in self.block:
@@ -132,14 +135,19 @@ class Decoder(nn.Module):
         return self.pred(self.norm(tokens)).astype(wide(self.config.dtype))
 
 
-def append_token(tokens: Tokens, token: Float[Array, "1 1 width"], length: int) -> Tokens:
+def append_token(
+    tokens: Float[Array, "batch count width"], token: Float[Array, "1 1 width"], length: int
+) -> Float[Array, "batch {length} width"]:
     """Tokens, followed by `token` up to `length`."""
     batch, count, width = tokens.shape
     return jnp.concatenate([tokens, jnp.broadcast_to(token, (batch, length - count, width))], axis=1)
 
 
 def with_positions(
-    tokens: Tokens, table: Float[Array, "rows width"], mask: Mask, first: Float[Array, "_ 1 width"] | None
+    tokens: Float[Array, "batch count width"],
+    table: Float[Array, "rows width"],
+    mask: Mask,
+    first: Float[Array, "_ 1 width"] | None,
 ) -> Tokens:
     """Add each patch's row of the table; put the class token, with its own row, in front if there is one."""
     patch_rows = table if first is None else table[1:]
@@ -192,7 +200,7 @@ class MaskedAutoencoder(nn.Module):
             latent=self.in_image_order(latent, mask) if config.encoder_mask_tokens else latent,
         )
 
-    def encode(self, images: Float[Array, "batch height width channels"]) -> Tokens:
+    def encode(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens encoder_width"]:
         """The encoder's tokens with every patch visible: class token first, then the patches in image order."""
         patches = patchify(images.astype(wide(self.config.dtype)), self.config.patch_hw)
         ids = jnp.broadcast_to(jnp.arange(patches.shape[1]), patches.shape[:2])

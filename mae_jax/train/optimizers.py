@@ -18,8 +18,10 @@ def peak_learning_rate(optim: OptimConfig, batch_size: int) -> float:
     return optim.base_lr * batch_size / REFERENCE_BATCH
 
 
-def learning_rate(epoch: Float[Array, ""], optim: OptimConfig, *, batch_size: int, epochs: float) -> Float[Array, ""]:
-    """The rate at a fractional epoch: a straight warm-up from 0, then half a cosine down to min_lr, or constant."""
+def learning_rate(
+    epoch: Float[Array, "*any"], optim: OptimConfig, *, batch_size: int, epochs: float
+) -> Float[Array, "*any"]:
+    """The rate at fractional epochs: a straight warm-up from 0, then half a cosine down to min_lr, or constant."""
     peak = peak_learning_rate(optim, batch_size)
     if optim.schedule == "constant":
         settled: float | Array = peak

@@ -1,0 +1,25 @@
+"""Model code must say where it changes a dtype: nothing is promoted on the quiet."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """Tiny arrays: to compile costs more than to compute."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def double():
+    """float64, where rounding hides nothing."""
+    with jax.enable_x64(True):
+        yield

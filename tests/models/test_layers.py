@@ -1,0 +1,145 @@
+"""Each layer against the formula it stands for, written in NumPy with loops over heads."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax.config import TransformerConfig
+from mae_jax.models.layers import Block, LayerNorm, attend, block_class, dense, gelu, wide
+
+STACK = TransformerConfig(width=12, depth=1, heads=3, mlp_ratio=2.0)
+
+
+def values(*shape, seed=0, dtype=np.float64):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def shaken(params, seed=1):
+    """Parameters with noise on all of them, so that biases are not zero nor scales one."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [leaf + 0.3 * jnp.asarray(rng.normal(size=leaf.shape)) for leaf in leaves])
+
+
+def naive_norm(x, params):
+    deviation = np.sqrt(((x - x.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True) + 1e-6)
+    return (x - x.mean(-1, keepdims=True)) / deviation * params["scale"] + params["bias"]
+
+
+def naive_softmax(scores):
+    return np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+
+
+def naive_attention(x, params, heads):
+    fused = x @ params["qkv"]["kernel"] + params["qkv"]["bias"]
+    query, key, value = np.split(fused, 3, axis=-1)
+    size = x.shape[-1] // heads
+    mixed = np.zeros_like(x)
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        for example in range(len(x)):
+            weights = naive_softmax(query[example, :, part] @ key[example, :, part].T / math.sqrt(size))
+            mixed[example, :, part] = weights @ value[example, :, part]
+    return mixed @ params["proj"]["kernel"] + params["proj"]["bias"]
+
+
+def naive_mlp(x, params):
+    hidden = x @ params["fc1"]["kernel"] + params["fc1"]["bias"]
+    hidden = np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))))(hidden)
+    return hidden @ params["fc2"]["kernel"] + params["fc2"]["bias"]
+
+
+def naive_block(x, params, heads):
+    x = x + naive_attention(naive_norm(x, params["norm1"]), params["attn"], heads)
+    return x + naive_mlp(naive_norm(x, params["norm2"]), params["mlp"])
+
+
+@pytest.mark.usefixtures("double")
+def test_a_block_is_what_the_paper_says():
+    block, x = Block(STACK, "float64"), values(2, 5, 12)
+    params = shaken(jax.jit(block.init)(jax.random.key(0), x)["params"])
+    expected = naive_block(np.asarray(x), jax.tree.map(np.asarray, params), STACK.heads)
+    np.testing.assert_allclose(jax.jit(block.apply)({"params": params}, x), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e-3, 0.0), (1.0, 300.0)])
+def test_layer_norm_in_float32(scale, offset):
+    """At a deviation of 1e-3 eps weighs as much as the variance; at a mean of 300 one pass would lose digits."""
+    x = scale * values(3, 4, 64, dtype=np.float32) + offset
+    params = {"scale": values(64, seed=1, dtype=np.float32), "bias": values(64, seed=2, dtype=np.float32)}
+    found = LayerNorm("float32").apply({"params": params}, x)
+    expected = naive_norm(np.asarray(x, np.float64), jax.tree.map(lambda p: np.asarray(p, np.float64), params))
+    # The mean of numbers around 300 is known to 300 x 2^-24 only.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5 if offset == 0 else 3e-4)
+
+
+@pytest.mark.usefixtures("double")
+def test_attention_is_softmax_of_the_scaled_products():
+    query, key, value = (values(2, 3, 5, 4, seed=seed) for seed in range(3))
+    scores = np.asarray(query) @ np.asarray(key).swapaxes(2, 3) / 2
+    expected = naive_softmax(scores) @ np.asarray(value)
+    np.testing.assert_allclose(attend(query, key, value, "float64"), expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.usefixtures("double")
+def test_the_gradient_of_attention():
+    """Its products have a gradient written by hand; here it is taken of the plain formula."""
+    query, key, value = (values(2, 3, 5, 4, seed=seed) for seed in range(3))
+
+    def plain(query, key, value):
+        return jnp.square(jax.nn.softmax(query @ key.mT / 2.0) @ value).sum()
+
+    def ours(query, key, value):
+        return jnp.square(attend(query, key, value, "float64")).sum()
+
+    gradients = (jax.jit(jax.grad(function, (0, 1, 2)))(query, key, value) for function in (ours, plain))
+    for found, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_large_scores_do_not_overflow():
+    query = key = jnp.full((1, 1, 2, 4), 30.0)  # exp(1800) is beyond any float
+    value = values(1, 1, 2, 4, dtype=np.float32)
+    mixed = attend(query, key, value, "float32")
+    np.testing.assert_allclose(mixed[0, 0], np.broadcast_to(value[0, 0].mean(axis=0), (2, 4)), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("double")
+def test_gelu_is_exact():
+    points = [-6.0, -2.5, -1.0, -0.1, 0.0, 0.3, 1.0, 3.0, 8.0]
+    expected = [0.5 * x * (1 + math.erf(x / math.sqrt(2))) for x in points]
+    np.testing.assert_allclose(gelu(jnp.asarray(points)), expected, rtol=1e-13, atol=1e-15)
+    # The tanh approximation is off by up to 5e-4; here it would show.
+    assert abs(float(jax.nn.gelu(jnp.asarray(2.5), approximate=True)) - float(gelu(jnp.asarray(2.5)))) > 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
+@pytest.mark.usefixtures("double")
+def test_what_stays_wide(dtype, kept):
+    assert wide(dtype) == kept
+    block, x = Block(STACK, dtype), values(1, 3, 12, dtype=kept)
+    tokens, params = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {kept}
+    assert tokens.dtype == kept
+    product, params = jax.eval_shape(dense(4, dtype).init_with_output, jax.random.key(0), x)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {kept}
+    assert product.dtype == dtype
+
+
+def test_recomputing_a_block_changes_nothing():
+    x = values(2, 5, 12, dtype=np.float32)
+    plain, recomputed = (block_class(remat)(STACK, "float32") for remat in (False, True))
+    params = jax.jit(plain.init)(jax.random.key(0), x)["params"]
+
+    def square(block):
+        return jax.value_and_grad(lambda params: jnp.square(block.apply({"params": params}, x)).sum())
+
+    value, gradient = jax.jit(square(plain))(params)
+    value_again, gradient_again = jax.jit(square(recomputed))(params)
+    np.testing.assert_allclose(value_again, value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient_again, gradient)
+    primitives = {equation.primitive.name for equation in jax.make_jaxpr(square(recomputed))(params).eqns}
+    assert "remat2" in primitives or "checkpoint" in primitives

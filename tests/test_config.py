@@ -1,0 +1,187 @@
+"""A configuration is valid once it exists; one that cannot work is refused with the fields' names and values."""
+
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mae_jax.config import MODELS, AugmentConfig, ModelConfig, OptimConfig, PretrainConfig, TransformerConfig
+from mae_jax.presets import PRESETS
+
+NARROW = TransformerConfig(width=8, depth=1, heads=2)
+ONE_CHANNEL = ModelConfig(image_size=8, patch_size=2, in_channels=1, encoder=NARROW, decoder=NARROW)
+
+REFUSED = {
+    "width and heads": (lambda: TransformerConfig(10, 1, 3), ("width 10", "heads 3")),
+    "mlp width": (lambda: TransformerConfig(10, 1, 2, mlp_ratio=0.25), ("width 10", "mlp_ratio 0.25")),
+    "no depth": (lambda: TransformerConfig(8, 0, 2), ("depth 0",)),
+    "patch": (lambda: ModelConfig(patch_size=15), ("image_size 224", "patch_size 15", "14, 16")),
+    "patch height": (
+        lambda: ModelConfig(image_size=(30, 32), patch_size=(4, 4)),
+        ("image_size (30, 32)", "patch_size (4, 4)", "3, 5"),
+    ),
+    "patch width": (
+        lambda: ModelConfig(image_size=(32, 30), patch_size=(4, 8)),
+        ("image_size (32, 30)", "patch_size (4, 8)", "6, 10"),
+    ),
+    "patch larger than the image": (
+        lambda: ModelConfig(image_size=8, patch_size=16),
+        ("image_size 8", "patch_size 16", "4, 8"),
+    ),
+    "no patch": (lambda: ModelConfig(patch_size=0), ("patch_size 0", "image_size 224")),
+    "negative image": (lambda: ModelConfig(image_size=-16), ("patch_size 16", "image_size -16")),
+    "no channels": (lambda: ModelConfig(in_channels=0), ("in_channels 0",)),
+    "keeps none": (lambda: ModelConfig(mask_ratio=0.999), ("mask_ratio 0.999", "keeps none", "196 patches")),
+    "hides none": (lambda: ModelConfig(mask_ratio=0.0), ("mask_ratio 0.0", "hides none", "196 patches")),
+    "negative ratio": (lambda: ModelConfig(mask_ratio=-0.5), ("mask_ratio -0.5", "hides none", "196 patches")),
+    "ratio not a number": (lambda: ModelConfig(mask_ratio=float("nan")), ("mask_ratio nan", "196 patches")),
+    "one patch": (lambda: ModelConfig(image_size=16, mask_ratio=0.5), ("mask_ratio 0.5", "the 1 patches")),
+    "sincos2d, encoder": (
+        lambda: ModelConfig(encoder=TransformerConfig(30, 1, 3)),
+        ("encoder.width 30", "divisible by 4", "positions sincos2d"),
+    ),
+    "sincos2d, decoder": (
+        lambda: ModelConfig(decoder=TransformerConfig(30, 1, 3)),
+        ("decoder.width 30", "divisible by 4", "positions sincos2d"),
+    ),
+    "sincos1d": (
+        lambda: ModelConfig(decoder=TransformerConfig(15, 1, 3), positions="sincos1d"),
+        ("decoder.width 15", "divisible by 2", "positions sincos1d"),
+    ),
+    "normalising one value": (
+        lambda: ModelConfig(image_size=8, patch_size=1, in_channels=1, norm_pix_loss=True),
+        ("norm_pix_loss", "patch_size 1"),
+    ),
+    "block on few patches": (
+        lambda: ModelConfig(image_size=(16, 48), masking="block", mask_ratio=0.5),
+        ("masking block", "3"),
+    ),
+    "grid and ratio": (
+        lambda: ModelConfig(masking="grid", mask_ratio=0.6),
+        ("mask_ratio 0.6", "masking grid", "14 x 14 patches"),
+    ),
+    "grid that does not divide": (
+        lambda: ModelConfig(image_size=(48, 64), masking="grid"),
+        ("mask_ratio 0.75", "masking grid", "3 x 4 patches"),
+    ),
+    "area of crops": (lambda: AugmentConfig(scale=(0.5, 1.5)), ("scale (0.5, 1.5)",)),
+    "aspect of crops": (lambda: AugmentConfig(ratio=(2.0, 1.0)), ("ratio (2.0, 1.0)",)),
+    "mean and std": (
+        lambda: AugmentConfig(mean=(0.5,), std=(0.5, 0.25)),
+        ("mean (0.5,)", "std (0.5, 0.25)"),
+    ),
+    "std of nothing": (lambda: AugmentConfig(mean=(0.5,), std=(0.0,)), ("std (0.0,)",)),
+    "rate": (lambda: OptimConfig(base_lr=0.0), ("base_lr 0.0",)),
+    "momentum": (lambda: OptimConfig(beta2=1.0), ("beta2 1.0",)),
+    "decay": (lambda: OptimConfig(weight_decay=-0.1), ("weight_decay -0.1",)),
+    "clipping": (lambda: OptimConfig(clip_norm=0.0), ("clip_norm 0.0",)),
+    "average": (lambda: OptimConfig(ema_decay=1.0), ("ema_decay 1.0",)),
+    "accumulation": (
+        lambda: PretrainConfig(batch_size=256, accumulate=3),
+        ("batch_size 256", "accumulate 3"),
+    ),
+    "channels": (
+        lambda: PretrainConfig(model=ONE_CHANNEL),
+        ("augment.mean (0.485, 0.456, 0.406)", "3 values", "model.in_channels is 1"),
+    ),
+    "seed": (lambda: PretrainConfig(seed=2**32), ("seed 4294967296",)),
+    "steps": (lambda: PretrainConfig(steps=0), ("steps 0",)),
+    "workers": (lambda: PretrainConfig(workers=-1), ("workers -1",)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_names_fields_and_values(name):
+    build, words = REFUSED[name]
+    with pytest.raises(ValueError, match=r".") as refused:
+        build()
+    missing = [word for word in words if word not in str(refused.value)]
+    assert missing == [], refused.value
+
+
+def model(image_hw, patch_hw, **changes):
+    return ModelConfig(image_size=image_hw, patch_size=patch_hw, encoder=NARROW, decoder=NARROW, **changes)
+
+
+sides = st.integers(1, 12)
+
+
+@given(rows=sides, columns=sides, patch=st.tuples(sides, sides), ratio=st.floats(0, 1))
+def test_the_count_of_visible_patches(rows, columns, patch, ratio):
+    length = rows * columns
+    keep = int(np.float64(length) * (np.float64(1) - np.float64(ratio)))
+    image = (rows * patch[0], columns * patch[1])
+    if 1 <= keep <= length - 1:
+        config = model(image, patch, mask_ratio=ratio)
+        assert (config.grid, config.num_patches, config.keep) == ((rows, columns), length, keep)
+        assert config.patch_dim == patch[0] * patch[1] * 3
+    else:
+        with pytest.raises(ValueError, match=rf"mask_ratio {ratio} (keeps|hides) none of the {length} patches"):
+            model(image, patch, mask_ratio=ratio)
+
+
+def test_the_count_is_cut_off_and_not_rounded():
+    # 1 - 0.9 is 0.09999999999999998 in float64, so ten patches keep none: the authors' own count.
+    assert model((32, 32), 4, mask_ratio=0.77).keep == 14  # 14.72
+    with pytest.raises(ValueError, match="keeps none"):
+        model((4, 40), 4, mask_ratio=0.9)
+
+
+@given(image=st.tuples(st.integers(1, 40), st.integers(1, 40)), patch=st.tuples(sides, sides))
+def test_only_patches_that_tile_the_image_are_accepted(image, patch):
+    tiles = image[0] % patch[0] == 0 and image[1] % patch[1] == 0
+    enough = (image[0] // patch[0]) * (image[1] // patch[1]) >= 2
+    built = None
+    with suppress(ValueError):
+        built = model(image, patch, mask_ratio=0.5)
+    assert (built is not None) == (tiles and enough)
+
+
+@given(stride=st.integers(2, 5), rows=st.integers(1, 4), columns=st.integers(1, 4))
+def test_grid_masks_keep_one_patch_of_every_cell(stride, rows, columns):
+    image = (rows * stride * 2, columns * stride * 2)
+    config = model(image, 2, masking="grid", mask_ratio=1 - 1 / stride**2)
+    assert (config.grid_stride, config.keep) == (stride, rows * columns)
+
+
+@given(width=st.integers(1, 64), heads=st.integers(1, 16))
+def test_widths_are_cut_into_equal_heads(width, heads):
+    if width % heads == 0:
+        assert TransformerConfig(width, 1, heads).head_dim * heads == width
+    else:
+        with pytest.raises(ValueError, match=f"width {width} .* heads {heads}$"):
+            TransformerConfig(width, 1, heads)
+
+
+def test_sides_may_be_given_once_or_twice():
+    once, twice = model(32, 4), model((32, 32), (4, 4))
+    assert once.image_hw == twice.image_hw == (32, 32)
+    assert once.patch_hw == twice.patch_hw == (4, 4)
+
+
+# Width, depth, heads, width of a head, patches, visible ones.
+SIZES = {
+    "vit_tiny_patch16": (192, 12, 3, 64, 196, 49),
+    "vit_small_patch16": (384, 12, 6, 64, 196, 49),
+    "vit_base_patch16": (768, 12, 12, 64, 196, 49),
+    "vit_large_patch16": (1024, 24, 16, 64, 196, 49),
+    "vit_huge_patch14": (1280, 32, 16, 80, 256, 64),
+}
+
+
+def test_the_sizes_are_the_papers():
+    found = {
+        name: (c.encoder.width, c.encoder.depth, c.encoder.heads, c.encoder.head_dim, c.num_patches, c.keep)
+        for name, c in MODELS.items()
+    }
+    assert found == SIZES
+    assert {c.decoder for c in MODELS.values()} == {TransformerConfig(width=512, depth=8, heads=16, mlp_ratio=4.0)}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_builds_and_has_a_work_directory_of_its_own(name):
+    config = PRESETS[name]()
+    assert isinstance(config, PretrainConfig)
+    assert [other for other in PRESETS if PRESETS[other]().workdir == config.workdir] == [name]
