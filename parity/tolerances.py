@@ -27,7 +27,7 @@ BOUNDS = {
     "stage": Bound(1e-13, 1e-6, "a few roundings of one stage fed with the same input"),
     "forward": Bound(1e-13, 5e-6, "roundings of all stages before it, carried along by the residual stream"),
     "gradient": Bound(1e-12, 1e-5, "roundings of the forward and the backward pass"),
-    "training": Bound(1e-12, 1e-5, "losses of 20 updates: each adds the rounding of its gradient, times a small step"),
+    "training": Bound(1e-12, 1e-5, "20 updates: each adds the rounding of its gradient, times a small step"),
     "float32": Bound(1e-6, 1e-6, "float32 at either precision: stored position tables, the loss of a bfloat16 model"),
     "bfloat16": Bound(2**-7, 2**-7, "a result rounded to bfloat16 twice (8 bits of precision, 2^-8 each)"),
 }

@@ -16,6 +16,9 @@ from mae_jax.train.workdir import write_atomically
 METRICS_FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
 
+# Of a row's values, those worth a place on the screen, and what they are called there.
+SHOWN = {"loss": "loss", "learning_rate": "lr", "images_per_second": "images/s", "data_wait": "waiting"}
+
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl, without a last line that a kill cut short."""
@@ -48,7 +51,7 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-        shown = {name: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
+        shown = {SHOWN[name]: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
         if self._bar is not None:
             self._bar.set_postfix(shown)
         else:
@@ -80,7 +83,3 @@ class RunLog:
             self._bar.close()
         self._events.close()
         self._file.close()
-
-
-# Of a row's values, those worth a place on the screen.
-SHOWN = ("loss", "learning_rate", "images_per_second", "data_wait")

@@ -66,7 +66,7 @@ class Program:
 
     def ended(self) -> tuple[int, list[str], str]:
         """Exit code, lines printed after the first, and errors, once the program and all it started are gone."""
-        code = self.process.wait(timeout=30)
+        code = self.process.wait(timeout=60)
         wait_until(lambda: not group_runs(self.process.pid), 10)
         return code, self._out.read_text().splitlines()[1:], self._err.read_text()
 
