@@ -7,6 +7,9 @@ of every array, and a restored one must have the same.
 import contextlib
 import gc
 import logging
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,15 +55,36 @@ def _check_fingerprint(tree: Any, recorded: dict[str, int]) -> None:
 
 @contextlib.contextmanager
 def _quiet_readers() -> Iterator[None]:
-    """Orbax reads with coroutines; those that fail beside the first are reported by asyncio when collected."""
+    """The first read that fails is raised, and nothing is said of those beside it.
+
+    Orbax reads with coroutines: those that fail later are reported by asyncio when they are collected, and those
+    that end when the event loop is closed already by the interpreter, from other threads.
+    """
+    report, late = sys.unraisablehook, []
+
+    def others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) == "Event loop is closed":
+            late.append(unraisable.exc_type)
+        else:
+            report(unraisable)
+
     loggers = {name: logging.getLogger(name) for name in ("asyncio", "absl")}
     levels = {name: logger.level for name, logger in loggers.items()}
     try:
+        sys.unraisablehook = others
         for logger in loggers.values():
             logger.setLevel(logging.CRITICAL + 1)
         yield
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the coroutines
+        seen = -1
+        while seen < len(late):
+            seen = len(late)
+            time.sleep(0.3)
+        raise
     finally:
         gc.collect()
+        sys.unraisablehook = report
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
 
