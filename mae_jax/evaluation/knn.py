@@ -15,8 +15,8 @@ from mae_jax.evaluation.features import Pooling, source_features
 from mae_jax.train.checkpoint import load_params
 from mae_jax.train.steps import Params, init_state
 
-Features = Float[np.ndarray, "images width"]
-Labels = Int[np.ndarray, " images"]
+Bank = tuple[Float[np.ndarray, "images width"], Int[np.ndarray, " images"]]
+Queries = tuple[Float[np.ndarray, "queries width"], Int[np.ndarray, " queries"]]
 
 
 @partial(jax.jit, static_argnames=("k", "classes", "temperature"))
@@ -34,8 +34,8 @@ def _vote(
 
 
 def knn_accuracy(
-    bank: tuple[Features, Labels],
-    queries: tuple[Features, Labels] | None,
+    bank: Bank,
+    queries: Queries | None,
     *,
     k: int,
     temperature: float | None,

@@ -67,9 +67,9 @@ def batches():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compilation():
-    """Compile without optimisation; not where rounding or memory is looked at."""
+    """Compile without optimisation: tiny arrays, where to compile costs more than to compute."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

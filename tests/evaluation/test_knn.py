@@ -1,0 +1,81 @@
+"""k-nearest neighbours against a plain loop, and against scikit-learn."""
+
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+from mae_jax.errors import StatedError
+from mae_jax.evaluation.knn import knn_accuracy
+
+
+def clouds(count, seed, classes=4, width=6):
+    """Features around one direction a class, near enough to be mixed up."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).normal(size=(classes, width))
+    labels = rng.integers(0, classes, count).astype(np.int32)
+    spread = rng.normal(size=(count, width)) * rng.uniform(0.5, 2, (count, 1))
+    return (centres[labels] + spread).astype(np.float32), labels
+
+
+def by_loop(bank, queries, k, temperature):
+    """The share named rightly, one query after another."""
+    (features, labels), (asked, truth) = bank, bank if queries is None else queries
+    right = 0
+    for row, (feature, answer) in enumerate(zip(asked, truth, strict=True)):
+        similar = [
+            (float(feature @ other / np.linalg.norm(feature) / np.linalg.norm(other)), int(label))
+            for index, (other, label) in enumerate(zip(features, labels, strict=True))
+            if queries is not None or index != row
+        ]
+        votes = np.zeros(labels.max() + 1)
+        for similarity, label in sorted(similar, reverse=True)[:k]:
+            votes[label] += 1 if temperature is None else np.exp(similarity / temperature)
+        right += votes.argmax() == answer
+    return right / len(asked)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.07, 1.0])
+@pytest.mark.parametrize("k", [1, 7])
+@pytest.mark.parametrize("others", [True, False])
+def test_against_a_loop(k, temperature, others):
+    bank, queries = clouds(60, seed=1), clouds(31, seed=2) if others else None
+    accuracy = knn_accuracy(bank, queries, k=k, temperature=temperature)
+    assert accuracy == by_loop(bank, queries, k, temperature)
+    assert 0.3 < accuracy < 1  # neither chance nor certainty
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_against_scikit_learn(k):
+    bank, queries = clouds(80, seed=3), clouds(50, seed=4)
+    theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(*bank).score(*queries)
+    assert knn_accuracy(bank, queries, k=k, temperature=None) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_leaving_one_out_leaves_out_the_image_itself():
+    """Pairs of opposite classes: the nearest other image is always wrong, and only the image itself would be right."""
+    rng = np.random.default_rng(0)
+    features = np.repeat(rng.normal(size=(10, 8)), 2, axis=0).astype(np.float32)
+    features[1::2] += 0.01
+    labels = np.tile([0, 1], 10).astype(np.int32)
+    assert knn_accuracy((features, labels), None, k=1, temperature=None) == 0.0
+    assert knn_accuracy((features, labels), (features, labels), k=1, temperature=None) == 1.0
+
+
+def test_leaving_one_out_in_chunks():
+    """Each chunk has its own rows on the diagonal."""
+    bank = clouds(50, seed=5)
+    whole = knn_accuracy(bank, None, k=3, temperature=0.1)
+    assert knn_accuracy(bank, None, k=3, temperature=0.1, chunk=16) == whole
+
+
+def test_length_does_not_count():
+    bank, queries = clouds(40, seed=6), clouds(20, seed=7)
+    longer = bank[0] * np.random.default_rng(0).uniform(0.1, 10, (40, 1)).astype(np.float32), bank[1]
+    assert knn_accuracy(longer, queries, k=3, temperature=None) == knn_accuracy(bank, queries, k=3, temperature=None)
+
+
+@pytest.mark.parametrize(("k", "others", "most"), [(0, True, 12), (13, True, 12), (12, False, 11), (-1, False, 11)])
+def test_k_out_of_range_is_refused(k, others, most):
+    queries = clouds(5, seed=2) if others else None
+    with pytest.raises(StatedError, match=rf"k {k} is not in 1 \.\. {most}, the number of images"):
+        knn_accuracy(clouds(12, seed=1), queries, k=k, temperature=None)
