@@ -20,7 +20,7 @@ def digits() -> PretrainConfig:
             decoder=TransformerConfig(width=32, depth=2, heads=4),
         ),
         augment=AugmentConfig(scale=(0.6, 1.0), flip=False, mean=(0.305,), std=(0.376,)),  # of the 1,797 images
-        optim=OptimConfig(base_lr=3e-3, warmup_epochs=20),
+        optim=OptimConfig(base_lr=3e-3, warmup_epochs=10),
         data="digits",
         batch_size=256,
         epochs=150,
