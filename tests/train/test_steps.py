@@ -1,5 +1,7 @@
 """One pure step: what it measures, what it updates, and where its noise comes from."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,9 @@ from mae_jax.train.steps import Batch, init_state, loss_and_gradients, make_step
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def compiled(config, **changes):
-    return jax.jit(make_step(config, **({"steps_per_epoch": 4.0, "epochs": 10.0} | changes)))
+@functools.cache
+def compiled(config):
+    return jax.jit(make_step(config, steps_per_epoch=4.0, epochs=10.0))
 
 
 def assert_trees_close(found, expected, rtol, atol=0.0):
@@ -115,7 +118,7 @@ def test_accumulation_gives_the_same_run(tiny, begin, batches):
 
 def test_positions_fix_the_noise(tiny, begin, batches):
     """The mask of an example goes with its position, not with its place in the batch or with the step."""
-    config = tiny(warmup_epochs=1e6)  # parameters stay where they are
+    config = tiny()
     step, batch = compiled(config), batches(1)[0]
     state = begin(config)
     loss = step(state, batch)[1].loss
@@ -126,15 +129,3 @@ def test_positions_fix_the_noise(tiny, begin, batches):
     for distance in (16, 2**32 - 100):  # positions beyond 2^31 are numbers like others
         moved = Batch(batch.images, batch.positions + np.uint32(distance))
         assert abs(float(step(state, moved)[1].loss - loss)) > 1e-5 * float(loss)
-
-
-def test_a_few_steps_learn(tiny, begin, batches):
-    """The same bytes over and over: the loss has to fall."""
-    config = tiny(base_lr=0.32)
-    step, state, losses = compiled(config), begin(config), []
-    flat = batches(1)[0]
-    ramp = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, None, :, None] * 30, flat.images.shape)
-    for _ in range(30):
-        state, metrics = step(state, Batch(np.ascontiguousarray(ramp), flat.positions))
-        losses.append(float(metrics.loss))
-    assert losses[-1] < 0.7 * losses[0], losses
