@@ -16,6 +16,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def wide(dtype: Dtype) -> Dtype:
+    """The dtype of everything but matrix products: parameters, residual stream, LayerNorm, softmax, loss."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)

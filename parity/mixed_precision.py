@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mae_jax.config import ModelConfig, TransformerConfig
-from mae_jax.models import layers, mae
+from mae_jax.models import gradients, layers, mae
 from mae_jax.port.keys import from_fair
 from parity import torch_mae
 from parity.compare import Pair
@@ -38,7 +38,7 @@ def softmax(generator: np.random.Generator) -> Pair:
     """Scores of some tens: there bfloat16 is spaced by 1/8. A head of 16, so that the scale, 1/4, rounds nothing."""
     heads = [torch.from_numpy(generator.normal(0, scale, (1, 2, 64, 16))).bfloat16() for scale in (4, 4, 1)]
     query, key, value = (jnp.asarray(values.float().numpy(), "bfloat16") for values in heads)
-    ours = layers.attend(query, key, value, "bfloat16")
+    ours = gradients.attend(query, key, value, "bfloat16")
     their_query, their_key, their_value = (values.double() for values in heads)
     theirs = torch.softmax(their_query @ their_key.mT / 4, dim=-1) @ their_value
     return Pair("mixed precision", "softmax of large scores", ours, theirs, "bfloat16")

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from mae_jax import rng
-from mae_jax.config import ModelConfig, TransformerConfig
-from mae_jax.models import layers, losses, mae, masking, patches, positions
+from mae_jax.config import ModelConfig, TransformerConfig, wide
+from mae_jax.models import gradients, layers, losses, mae, masking, patches, positions
 from mae_jax.train import optimizers
 from parity.compare import Result
 from parity.reference import STEPS_PER_EPOCH, Reference
@@ -61,7 +61,7 @@ def biased_variance(patch: Patch) -> None:
 
 
 def tanh_gelu(patch: Patch) -> None:
-    replace(patch, layers.gelu, partial(nn.gelu, approximate=True))
+    replace(patch, gradients.gelu, partial(nn.gelu, approximate=True))
 
 
 def layer_norm_eps(patch: Patch, eps: float) -> None:
@@ -146,13 +146,13 @@ def positions_before_unshuffling(patch: Patch) -> None:
 
 
 def key_query_value(patch: Patch) -> None:
-    attend = layers.attend
+    attend = gradients.attend
     replace(patch, attend, lambda query, key, value, dtype: attend(key, query, value, dtype))
 
 
 def heads_split_last(patch: Patch) -> None:
     """Channels cut as (head_dim, heads) where they are (heads, head_dim)."""
-    attend = layers.attend
+    attend = gradients.attend
 
     def planted(query, key, value, dtype):
         batch, heads, tokens, head_dim = query.shape
@@ -217,8 +217,8 @@ def summed_gradients(patch: Patch) -> None:
 class LowLayerNorm(layers.LayerNorm):
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), layers.wide(self.dtype))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), layers.wide(self.dtype))
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), wide(self.dtype))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), wide(self.dtype))
         low = x.astype(self.dtype)
         centred = low - low.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
@@ -234,7 +234,7 @@ def low_softmax(patch: Patch) -> None:
         scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.mT).astype(dtype)
         return jnp.matmul(nn.softmax(scores, axis=-1), value)
 
-    replace(patch, layers.attend, planted)
+    replace(patch, gradients.attend, planted)
 
 
 def low_loss(patch: Patch) -> None:

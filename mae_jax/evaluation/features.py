@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mae_jax.config import AugmentConfig, ModelConfig
+from mae_jax.config import AugmentConfig, ModelConfig, wide
 from mae_jax.data.evaluation import evaluation_batches
 from mae_jax.data.sources import Source
-from mae_jax.models.layers import Tokens, wide
+from mae_jax.models.layers import Tokens
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.train.steps import Params, normalise_images
 

@@ -10,8 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from mae_jax import rng
-from mae_jax.config import AugmentConfig, ModelConfig
-from mae_jax.models.layers import wide
+from mae_jax.config import AugmentConfig, ModelConfig, wide
 from mae_jax.models.losses import patch_statistics
 from mae_jax.models.mae import MaskedAutoencoder, Output
 from mae_jax.models.masking import Noise

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mae_jax.config import ModelConfig
-from mae_jax.models.layers import LayerNorm, Tokens, block_class, dense, wide
+from mae_jax.config import ModelConfig, wide
+from mae_jax.models.layers import LayerNorm, Tokens, block_class, dense
 from mae_jax.models.losses import Patches, normalise_patches, patch_errors
 from mae_jax.models.masking import Ids, Mask, Noise, make_mask
 from mae_jax.models.patches import patchify

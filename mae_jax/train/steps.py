@@ -13,8 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt, UInt8
 
 from mae_jax import rng
-from mae_jax.config import AugmentConfig, PretrainConfig
-from mae_jax.models.layers import wide
+from mae_jax.config import AugmentConfig, PretrainConfig, wide
 from mae_jax.models.mae import MaskedAutoencoder, Output
 from mae_jax.train.optimizers import adamw_direction, learning_rate
 

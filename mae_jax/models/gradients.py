@@ -1,0 +1,117 @@
+"""Operations whose gradient is written out. What differentiation makes of them is right, but slower or less exact.
+
+- Products: differentiated, they contract two axes at once, and the compiler copies an activation transposed for each.
+- Attention: in bfloat16, differentiation multiplies float32 gradients as they come; in any dtype it keeps more.
+- GELU: the gradient needs the input alone, differentiation keeps two more arrays of its size.
+
+`scripts/bench_notes.md` has the gain of each.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mae_jax.config import Dtype, wide
+
+Heads = Float[Array, "batch heads tokens head_dim"]
+Fused = Float[Array, "batch tokens 3 heads head_dim"]
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "*batch outputs"]:
+    """x kernel, and both gradients, each as one product of all rows."""
+    return (_rows(x) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    gradient = _rows(gradient)
+    return (gradient @ kernel.T).reshape(x.shape), _rows(x).T @ gradient
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _rows(x: Float[Array, "*batch width"]) -> Float[Array, "rows width"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+@jax.custom_vjp
+def split_heads(fused: Fused) -> tuple[Heads, Heads, Heads]:
+    """Query, key and value out of one dense layer's result."""
+    query, key, value = fused.transpose(2, 0, 3, 1, 4)
+    return query, key, value
+
+
+def _split_heads_forward(fused: Array) -> tuple[tuple[Array, Array, Array], None]:
+    return split_heads(fused), None
+
+
+def _split_heads_backward(_: None, gradients: tuple[Array, Array, Array]) -> tuple[Array]:
+    # One pass that joins the three: differentiation would pad each with zeros and add them.
+    return (jnp.stack([gradient.transpose(0, 2, 1, 3) for gradient in gradients], axis=2),)
+
+
+split_heads.defvjp(_split_heads_forward, _split_heads_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend(query: Heads, key: Heads, value: Heads, dtype: Dtype) -> Heads:
+    """softmax(q k^T / sqrt(head_dim)) v, divided by the softmax's sum after the second product.
+
+    The rows of weights are as long as the sequence, the rows of the result only as long as a head:
+    dividing those is less work, and equal in exact arithmetic. The gradient is divided likewise.
+    Every product has its factors in `dtype`, backward too; the rest is in `wide(dtype)`.
+    """
+    return _attend_forward(query, key, value, dtype)[0]
+
+
+def _attend_forward(query: Array, key: Array, value: Array, dtype: Dtype) -> tuple[Array, tuple[Array, ...]]:
+    scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.mT, preferred_element_type=wide(dtype))
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(dtype)
+    mixed = (jnp.matmul(weights, value, preferred_element_type=wide(dtype)) / total).astype(dtype)
+    return mixed, (query, key, value, weights, total, mixed)
+
+
+def _attend_backward(dtype: Dtype, saved: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+    query, key, value, weights, total, mixed = saved
+    scale = query.shape[-1] ** -0.5
+    gradient = gradient.astype(wide(dtype)) / total
+    along = (gradient * mixed.astype(wide(dtype))).sum(axis=-1, keepdims=True)
+    gradient = gradient.astype(dtype)
+    to_weights = jnp.matmul(gradient, value.mT, preferred_element_type=wide(dtype))
+    to_scores = (weights.astype(wide(dtype)) * (to_weights - along)).astype(dtype)
+    return jnp.matmul(to_scores, key) * scale, jnp.matmul(to_scores.mT, query * scale), jnp.matmul(weights.mT, gradient)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """The exact form, with erf (Hendrycks and Gimpel 2016), not the tanh approximation."""
+    return x * _normal_cdf(x)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    density = jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
+    return (gradient * (_normal_cdf(x) + x * density),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1 + jax.lax.erf(x * 2**-0.5))
