@@ -146,20 +146,24 @@ def positions_before_unshuffling(patch: Patch) -> None:
 
 
 def key_query_value(patch: Patch) -> None:
-    attend = gradients.attend
-    replace(patch, attend, lambda query, key, value, dtype: attend(key, query, value, dtype))
+    split = gradients.split_heads
+
+    def planted(fused):
+        key, query, value = split(fused)
+        return query, key, value
+
+    replace(patch, split, planted)
 
 
 def heads_split_last(patch: Patch) -> None:
     """Channels cut as (head_dim, heads) where they are (heads, head_dim)."""
-    attend = gradients.attend
+    split = gradients.split_heads
 
-    def planted(query, key, value, dtype):
-        batch, heads, tokens, head_dim = query.shape
-        whole = lambda x: x.transpose(0, 2, 1, 3).reshape(batch, tokens, head_dim, heads)  # noqa: E731
-        return attend(*(whole(x).transpose(0, 3, 1, 2) for x in (query, key, value)), dtype)
+    def planted(fused):
+        *rows, heads, head_dim = fused.shape
+        return split(fused.reshape(*rows, head_dim, heads).swapaxes(-1, -2))
 
-    replace(patch, attend, planted)
+    replace(patch, split, planted)
 
 
 def class_token_at_the_first_patch(patch: Patch) -> None:

@@ -15,27 +15,37 @@ from jaxtyping import Array, Float
 
 from mae_jax.config import Dtype, wide
 
+Queries = Float[Array, "batch heads queries head_dim"]
 Heads = Float[Array, "batch heads tokens head_dim"]
 Fused = Float[Array, "batch tokens 3 heads head_dim"]
 
 
-@jax.custom_vjp
-def product(x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "*batch outputs"]:
-    """x kernel, and both gradients, each as one product of all rows."""
-    return (_rows(x) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def affine(
+    x: Float[Array, "*batch inputs"],
+    kernel: Float[Array, "inputs outputs"],
+    bias: Float[Array, " outputs"],
+    dtype: Dtype,
+) -> Float[Array, "*batch outputs"]:
+    """x kernel + bias as one product of all rows, in `dtype`; kernel, bias and their gradients are in `wide(dtype)`."""
+    return (_rows(x) @ kernel.astype(dtype) + bias.astype(dtype)).reshape(*x.shape[:-1], kernel.shape[1])
 
 
-def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, kernel), (x, kernel)
+def _affine_forward(x: Array, kernel: Array, bias: Array, dtype: Dtype) -> tuple[Array, tuple[Array, Array]]:
+    return affine(x, kernel, bias, dtype), (x, kernel)
 
 
-def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _affine_backward(dtype: Dtype, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
     x, kernel = saved
     gradient = _rows(gradient)
-    return (gradient @ kernel.T).reshape(x.shape), _rows(x).T @ gradient
+    return (
+        (gradient @ kernel.astype(dtype).T).reshape(x.shape),
+        jnp.matmul(_rows(x).T, gradient, preferred_element_type=wide(dtype)),
+        gradient.astype(wide(dtype)).sum(axis=0),
+    )
 
 
-product.defvjp(_product_forward, _product_backward)
+affine.defvjp(_affine_forward, _affine_backward)
 
 
 def _rows(x: Float[Array, "*batch width"]) -> Float[Array, "rows width"]:
@@ -62,7 +72,7 @@ split_heads.defvjp(_split_heads_forward, _split_heads_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend(query: Heads, key: Heads, value: Heads, dtype: Dtype) -> Heads:
+def attend(query: Queries, key: Heads, value: Heads, dtype: Dtype) -> Queries:
     """softmax(q k^T / sqrt(head_dim)) v, divided by the softmax's sum after the second product.
 
     The rows of weights are as long as the sequence, the rows of the result only as long as a head:

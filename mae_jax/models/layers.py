@@ -10,29 +10,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mae_jax.config import Dtype, TransformerConfig, wide
-from mae_jax.models.gradients import attend, gelu, product, split_heads
+from mae_jax.models.gradients import affine, attend, gelu, split_heads
 
 Tokens = Float[Array, "batch tokens width"]
 
 LAYER_NORM_EPS = 1e-6
 
 
-def dense(
-    features: int,
-    dtype: Dtype,
-    name: str | None = None,
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros,
-) -> nn.Dense:
-    """A dense layer, its kernel xavier uniform (He et al. 2021, appendix A.1)."""
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        param_dtype=wide(dtype),
-        kernel_init=nn.initializers.xavier_uniform(),
-        bias_init=bias_init,
-        dot_general=lambda x, kernel, *_, **__: product(x, kernel),
-        name=name,
-    )
+class Dense(nn.Module):
+    """x kernel + bias, the kernel xavier uniform at first (He et al. 2021, appendix A.1)."""
+
+    features: int
+    dtype: Dtype
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch {self.features}"]:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape, wide(self.dtype))
+        bias = self.param("bias", self.bias_init, shape[1:], wide(self.dtype))
+        return affine(x.astype(self.dtype), kernel, bias, self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -51,17 +48,21 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; query, key and value come fused, in this order, with bias."""
+    """Multi-head self-attention; query, key and value come fused, in this order, with bias.
+
+    Only tokens from `since` on ask, all are asked.
+    """
 
     heads: int
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Tokens) -> Tokens:
+    def __call__(self, x: Tokens, since: int = 0) -> Float[Array, "batch tokens-{since} width"]:
         batch, tokens, width = x.shape
-        fused = dense(3 * width, self.dtype, name="qkv")(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        mixed = attend(*split_heads(fused), self.dtype)
-        return dense(width, self.dtype, name="proj")(mixed.transpose(0, 2, 1, 3).reshape(x.shape))
+        fused = Dense(3 * width, self.dtype, name="qkv")(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        query, key, value = split_heads(fused)
+        mixed = attend(query[:, :, since:], key, value, self.dtype)
+        return Dense(width, self.dtype, name="proj")(mixed.transpose(0, 2, 1, 3).reshape(batch, tokens - since, width))
 
 
 class Mlp(nn.Module):
@@ -72,12 +73,12 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
-        hidden = dense(self.hidden, self.dtype, name="fc1")(x)
-        return dense(x.shape[-1], self.dtype, name="fc2")(gelu(hidden))
+        hidden = Dense(self.hidden, self.dtype, name="fc1")(x)
+        return Dense(x.shape[-1], self.dtype, name="fc2")(gelu(hidden))
 
 
 class Block(nn.Module):
-    """x + attention(LayerNorm(x)), then x + mlp(LayerNorm(x))."""
+    """x + attention(LayerNorm(x)), then x + mlp(LayerNorm(x)), of the tokens from `since` on."""
 
     config: TransformerConfig
     dtype: Dtype
@@ -88,11 +89,11 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(self.dtype)
         self.mlp = Mlp(self.config.mlp_width, self.dtype)
 
-    def __call__(self, x: Tokens) -> Tokens:
-        x = x + self.attn(self.norm1(x)).astype(x.dtype)
+    def __call__(self, x: Tokens, since: int = 0) -> Float[Array, "batch tokens-{since} width"]:
+        x = x[:, since:] + self.attn(self.norm1(x), since).astype(x.dtype)
         return x + self.mlp(self.norm2(x)).astype(x.dtype)
 
 
 def block_class(remat: bool) -> type[Block]:
-    """The block, or the block that is recomputed in the backward pass."""
-    return nn.remat(Block) if remat else Block
+    """The block, or the block that is recomputed in the backward pass; that one must be told `since`, by position."""
+    return nn.remat(Block, static_argnums=(2,)) if remat else Block

@@ -5,7 +5,8 @@ He et al. 2021, section 3. Two things are done in another order than the text te
 - Visible patches are picked from the pixels, before the projection: it runs on a quarter of them.
 - The decoder does not unshuffle its tokens. Attention does not know their order, positions alone tell it, so the
   decoder works on [visible, hidden] with the rows of its position table shuffled alike. The hidden patches are then
-  a slice, and no activation is ever gathered or scattered.
+  a slice, and no activation is ever gathered or scattered. The last block, from its queries on, and all that follows
+  run on that slice alone.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mae_jax.config import ModelConfig, wide
-from mae_jax.models.layers import LayerNorm, Tokens, block_class, dense
+from mae_jax.models.layers import Dense, LayerNorm, Tokens, block_class
 from mae_jax.models.losses import Patches, normalise_patches, patch_errors
 from mae_jax.models.masking import Ids, Mask, Noise, make_mask
 from mae_jax.models.patches import patchify
@@ -74,7 +75,7 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         config, stack = self.config, self.config.encoder
-        self.patch_embed = dense(stack.width, config.dtype, bias_init=uniform_bias(config.patch_dim))
+        self.patch_embed = Dense(stack.width, config.dtype, bias_init=uniform_bias(config.patch_dim))
         if config.class_token:
             self.cls_token = self.param("cls_token", token_init, (1, 1, stack.width), wide(config.dtype))
         if config.encoder_mask_tokens:
@@ -94,7 +95,7 @@ class Encoder(nn.Module):
     def __call__(self, visible: Patches, mask: Mask) -> Tokens:
         x = self.embed(visible, mask)
         for block in self.block:
-            x = block(x)
+            x = block(x, 0)
         return self.norm(x)
 
 
@@ -105,13 +106,13 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         config, stack = self.config, self.config.decoder
-        self.embed_latent = dense(stack.width, config.dtype, name="embed")
+        self.embed_latent = Dense(stack.width, config.dtype, name="embed")
         if not config.encoder_mask_tokens:
             self.mask_token = self.param("mask_token", token_init, (1, 1, stack.width), wide(config.dtype))
         self.position_table = positions(self, config, stack.width)
         self.block = [block_class(config.remat)(stack, config.dtype) for _ in range(stack.depth)]
         self.norm = LayerNorm(config.dtype)
-        self.pred = dense(config.patch_dim, config.dtype)
+        self.pred = Dense(config.patch_dim, config.dtype)
 
     def embed(self, latent: Latent, mask: Mask) -> Tokens:
         """The encoder's tokens and the mask tokens, with positions, in the order of ids_shuffle, class token first."""
@@ -124,14 +125,18 @@ class Decoder(nn.Module):
         return with_positions(tokens, self.position_table, mask, first)
 
     def __call__(self, latent: Latent, mask: Mask) -> Tokens:
-        """Every patch's token after the blocks, in the order of ids_shuffle, without the class token."""
+        """All tokens before the last block, in the order of ids_shuffle, the class token in front."""
         x = self.embed(latent, mask)
-        for block in self.block:
-            x = block(x)
-        return x[:, int(self.config.class_token) :]
+        for block in self.block[:-1]:
+            x = block(x, 0)
+        return x
 
-    def predict(self, tokens: Tokens) -> Patches:
-        """Tokens after the blocks to pixels."""
+    def predict(self, tokens: Tokens, since: int = 0) -> Patches:
+        """The last block and the pixels of the patches from `since` on, in the order of ids_shuffle."""
+        return self.pixels(self.block[-1](tokens, since + int(self.config.class_token)))
+
+    def pixels(self, tokens: Tokens) -> Patches:
+        """Tokens after the last block to pixels."""
         return self.pred(self.norm(tokens)).astype(wide(self.config.dtype))
 
 
@@ -189,8 +194,8 @@ class MaskedAutoencoder(nn.Module):
         latent = self.encoder(shuffled[:, : config.keep], mask)
         decoded = self.decoder(latent, mask)
 
-        counted = slice(config.keep if config.loss_on == "hidden" else 0, None)
-        loss = patch_errors(self.decoder.predict(decoded[:, counted]), self.target(shuffled[:, counted])).mean()
+        since = config.keep if config.loss_on == "hidden" else 0
+        loss = patch_errors(self.decoder.predict(decoded, since), self.target(shuffled[:, since:])).mean()
         return Output(
             loss=loss,
             pred=pick(self.decoder.predict(decoded), mask.ids_restore),

@@ -64,7 +64,7 @@ class PmapEngine:
 
 
 def pmap_engine(
-    make_step: Callable[[str], Callable], devices: list[jax.Device], batch_size: int, accumulate: int
+    make_step: Callable[[str | None], Callable], devices: list[jax.Device], batch_size: int, accumulate: int
 ) -> PmapEngine:
     """Compile the step that `make_step(axis_name)` builds for data parallel training; the state is donated.
 
@@ -77,8 +77,10 @@ def pmap_engine(
             f"batch_size {batch_size} is not divisible by {count} devices x accumulate {accumulate} "
             f"(nearest that is: {max(1, round(batch_size / (count * accumulate))) * count * accumulate})"
         )
+    # A mean over one device would copy every gradient.
+    axis = AXIS if count > 1 else None
     step = jax.pmap(
-        make_step(AXIS), axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices
+        make_step(axis), axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices
     )
     simulated = devices[0].platform == "cpu" and count > 1
     return PmapEngine(devices, step, in_flight=1 if simulated else 8)

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.models.gradients import attend, gelu, product, split_heads
+from mae_jax.models.gradients import affine, attend, gelu, split_heads
 
 
 def values(*shape, seed=0, dtype=np.float64):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def plain_product(x, kernel):
-    return jnp.einsum("btx,xy->bty", x, kernel)
+def plain_affine(x, kernel, bias):
+    return jnp.einsum("btx,xy->bty", x, kernel) + bias
 
 
 def plain_split(fused):
@@ -31,9 +31,13 @@ def plain_gelu(x):
 
 
 OPERATIONS = {
-    "product": (product, plain_product, [(2, 5, 4), (4, 3)]),
+    "affine": (lambda x, *params: affine(x, *params, x.dtype.name), plain_affine, [(2, 5, 4), (4, 3), (3,)]),
     "split_heads": (split_heads, plain_split, [(2, 5, 3, 2, 4)]),
-    "attend": (lambda *heads: attend(*heads, heads[0].dtype.name), plain_attention, [(2, 3, 5, 4)] * 3),
+    "attend": (
+        lambda *heads: attend(*heads, heads[0].dtype.name),
+        plain_attention,
+        [(2, 3, 2, 4), *[(2, 3, 5, 4)] * 2],
+    ),
     "gelu": (gelu, plain_gelu, [(50,)]),
 }
 
@@ -57,15 +61,31 @@ def test_value_and_gradients(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_bfloat16_is_off_by_its_own_rounding(name):
-    """Gradients come in the dtype of what they belong to; against float32 each is off by a few steps of 2^-8."""
+    """Activations and their gradients are bfloat16; against float32 each is off by a few steps of 2^-8."""
     ours, plain, shapes = OPERATIONS[name]
     low = [values(*shape, seed=seed, dtype=jnp.bfloat16) for seed, shape in enumerate(shapes)]
+    if name == "affine":
+        low[1:] = [parameter.astype(jnp.float32) for parameter in low[1:]]
     found = result_and_gradients(ours, low)
     expected = result_and_gradients(plain, [x.astype(jnp.float32) for x in low])
-    assert {leaf.dtype.name for leaf in found} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in found[: -len(low)]} == {"bfloat16"}
+    assert [leaf.dtype for leaf in found[-len(low) :]] == [leaf.dtype for leaf in low]
     for low_leaf, leaf in zip(found, expected, strict=True):
         error = np.abs(np.asarray(low_leaf, np.float32) - leaf).max() / np.abs(leaf).max()
         assert error < 2e-2
+
+
+def test_gradients_of_parameters_are_not_rounded_to_bfloat16():
+    """Of factors that bfloat16 holds exactly, sums in float32 are the exact ones."""
+    rng = np.random.default_rng(0)
+    x, gradient = (jnp.asarray(rng.integers(-8, 9, (2, 400, width)), jnp.bfloat16) for width in (4, 3))
+    kernel, bias = jnp.ones((4, 3)), jnp.zeros(3)
+    _, transpose = jax.vjp(lambda kernel, bias: affine(x, kernel, bias, "bfloat16"), kernel, bias)
+    to_kernel, to_bias = transpose(gradient)
+    assert to_kernel.dtype == to_bias.dtype == jnp.float32
+    rows, columns = (np.asarray(a, np.float32).reshape(800, -1) for a in (x, gradient))
+    np.testing.assert_array_equal(to_kernel, rows.T @ columns)
+    np.testing.assert_array_equal(to_bias, columns.sum(axis=0))
 
 
 def test_large_scores_do_not_overflow():

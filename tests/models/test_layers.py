@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mae_jax.config import TransformerConfig, wide
-from mae_jax.models.layers import Block, LayerNorm, block_class, dense
+from mae_jax.models.layers import Block, Dense, LayerNorm, block_class
 
 STACK = TransformerConfig(width=12, depth=1, heads=3, mlp_ratio=2.0)
 
@@ -84,7 +84,7 @@ def test_what_stays_wide(dtype, kept):
     tokens, params = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {kept}
     assert tokens.dtype == kept
-    product, params = jax.eval_shape(dense(4, dtype).init_with_output, jax.random.key(0), x)
+    product, params = jax.eval_shape(Dense(4, dtype).init_with_output, jax.random.key(0), x)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {kept}
     assert product.dtype == dtype
 
@@ -95,7 +95,7 @@ def test_recomputing_a_block_changes_nothing():
     params = jax.jit(plain.init)(jax.random.key(0), x)["params"]
 
     def square(block):
-        return jax.value_and_grad(lambda params: jnp.square(block.apply({"params": params}, x)).sum())
+        return jax.value_and_grad(lambda params: jnp.square(block.apply({"params": params}, x, 0)).sum())
 
     value, gradient = jax.jit(square(plain))(params)
     value_again, gradient_again = jax.jit(square(recomputed))(params)
