@@ -19,6 +19,7 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     """Pretrain a masked autoencoder: mae-jax pretrain PRESET [--field value]. Run again, it continues."""
     from mae_jax.config import PretrainConfig
     from mae_jax.presets import PRESETS
+    from mae_jax.train.host_memory import keep_freed_memory
 
     recipes = tyro.extras.subcommand_type_from_defaults(
         {name: preset() for name, preset in PRESETS.items()},
@@ -27,6 +28,7 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     config: PretrainConfig = tyro.cli(
         recipes, args=_unalias(args), prog=prog, config=(tyro.conf.OmitSubcommandPrefixes,)
     )
+    keep_freed_memory()
     _prepare_jax(config.model.dtype)
     from mae_jax.train.loop import pretrain
 

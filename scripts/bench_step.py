@@ -73,7 +73,10 @@ def peak_host_bytes() -> int:
 
 
 def jax_side(config: PretrainConfig) -> Side:
-    """This project's step, as `mae-jax pretrain` compiles it."""
+    """This project's step, as `mae-jax pretrain` runs it."""
+    from mae_jax.train.host_memory import keep_freed_memory
+
+    keep_freed_memory()
     import jax
     import numpy as np
 
