@@ -23,7 +23,7 @@ def digits() -> PretrainConfig:
         optim=OptimConfig(base_lr=3e-3, warmup_epochs=10),
         data="digits",
         batch_size=256,
-        epochs=150,
+        epochs=100,
         workdir="runs/digits",
         log_every=50,
         save_every=500,

@@ -85,7 +85,9 @@ def init_state(config: PretrainConfig) -> TrainState:
     model = config.model
     images = jnp.zeros((1, *model.image_hw, model.in_channels), wide(model.dtype))
     noise = jnp.zeros((1, model.num_patches), jnp.float32)
-    params = MaskedAutoencoder(model).init(rng.device_key(config.seed, "init"), images, noise)["params"]
+    # Compiled, since operation by operation every one of the forward pass would be compiled by itself.
+    init = jax.jit(lambda key: MaskedAutoencoder(model).init(key, images, noise)["params"])
+    params = init(rng.device_key(config.seed, "init"))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
