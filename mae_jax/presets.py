@@ -9,7 +9,7 @@ from mae_jax.config import MODELS, AugmentConfig, ModelConfig, OptimConfig, Pret
 def digits() -> PretrainConfig:
     """A small encoder on the 1,797 bundled handwritten digits (8x8, patch 2).
 
-    mae-jax pretrain digits
+    mae-jax pretrain digits    (1.5 minutes on two cores; 20-NN accuracy 90 %, untrained 56 %)
     """
     return PretrainConfig(
         model=ModelConfig(
@@ -20,12 +20,12 @@ def digits() -> PretrainConfig:
             decoder=TransformerConfig(width=32, depth=2, heads=4),
         ),
         augment=AugmentConfig(scale=(0.6, 1.0), flip=False, mean=(0.305,), std=(0.376,)),  # of the 1,797 images
-        optim=OptimConfig(base_lr=3e-3, warmup_epochs=10),
+        optim=OptimConfig(base_lr=8e-3, warmup_epochs=10),
         data="digits",
-        batch_size=256,
-        epochs=100,
+        batch_size=64,
+        epochs=70,
         workdir="runs/digits",
-        log_every=50,
+        log_every=100,
         save_every=500,
         reconstruct_every=500,
     )
