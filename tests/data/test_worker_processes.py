@@ -27,6 +27,7 @@ def main(folder):
     ENDING
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell put the tests in the background
     main(sys.argv[1])
 """
 
