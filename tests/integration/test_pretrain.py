@@ -72,6 +72,7 @@ def test_float64_runs_and_is_read_back(run: Run, tmp_path: Path) -> None:
     assert run("reconstruct", workdir, "--samples=2", f"--out={tmp_path}/x.png").returncode == 0
 
 
+@pytest.mark.slow
 def test_folder_of_images_with_a_broken_one(run: Run, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for number in range(40):
