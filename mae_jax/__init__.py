@@ -6,12 +6,16 @@ from typing import Any
 _PUBLIC = {
     "MODELS": "mae_jax.config",
     "AugmentConfig": "mae_jax.config",
+    "Classifier": "mae_jax.models.classifier",
+    "ClassifierConfig": "mae_jax.config",
     "ModelConfig": "mae_jax.config",
     "OptimConfig": "mae_jax.config",
     "PretrainConfig": "mae_jax.config",
     "TransformerConfig": "mae_jax.config",
     "MaskedAutoencoder": "mae_jax.models.mae",
     "StatedError": "mae_jax.errors",
+    "load_torch": "mae_jax.port.reading",
+    "save_torch": "mae_jax.port.writing",
 }
 
 __all__ = list(_PUBLIC)

@@ -170,6 +170,20 @@ MODELS = {
 
 
 @dataclass(frozen=True)
+class ClassifierConfig:
+    """An encoder with a linear head (He et al. 2021, section 4 and appendix A.1)."""
+
+    model: ModelConfig = ModelConfig()  # of which the decoder and the masks play no part
+    classes: int = 1000
+    pooling: Literal["mean", "class"] = "mean"  # mean of the patches, then a LayerNorm; or LayerNorm, then class token
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "classes")
+        if self.pooling == "class" and not self.model.class_token:
+            raise ValueError("pooling class needs a class token, and model.class_token is False")
+
+
+@dataclass(frozen=True)
 class AugmentConfig:
     """What happens to an image between the file and the model (He et al. 2021, appendix A.1)."""
 
@@ -232,6 +246,7 @@ class PretrainConfig:
     steps: int | None = None  # in place of epochs
     seed: int = 0
 
+    init: str | None = None  # start from these weights: a run, or a PyTorch checkpoint that `mae-jax port` reads
     workdir: str = "runs/pretrain"
     engine: Literal["pmap"] = "pmap"
     devices: int | None = None  # the first so many local devices; all by default

@@ -29,6 +29,10 @@ BOUNDS = {
     "gradient": Bound(1e-12, 1e-5, "roundings of the forward and the backward pass"),
     "training": Bound(1e-12, 1e-5, "20 updates: each adds the rounding of its gradient, times a small step"),
     "float32": Bound(1e-6, 1e-6, "float32 at either precision: stored position tables, the loss of a bfloat16 model"),
+    "float16 file": Bound(0.01, 0.01, "every weight rounded to float16 (11 bits): 2^-11 each, ten times that in sum"),
+    "bfloat16 file": Bound(0.08, 0.08, "every weight rounded to bfloat16 (8 bits): 2^-8 each, twenty times in sum"),
     "bfloat16": Bound(2**-7, 2**-7, "a result rounded to bfloat16 twice (8 bits of precision, 2^-8 each)"),
 }
-Kind = Literal["exact", "stage", "forward", "gradient", "training", "float32", "bfloat16"]
+Kind = Literal[
+    "exact", "stage", "forward", "gradient", "training", "float32", "float16 file", "bfloat16 file", "bfloat16"
+]

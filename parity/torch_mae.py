@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mae_jax.config import ModelConfig, TransformerConfig
+from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
 
 EPS = 1e-6  # of every LayerNorm, and of the normalised target
 
@@ -287,6 +287,11 @@ class MaskedAutoencoder(nn.Module):
         x = stages["latent"] = self.norm(x)
         return x
 
+    def encode_whole(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B tokens D"]:
+        """The encoder's tokens with every patch visible."""
+        every = torch.arange(self.config.num_patches).expand(len(images), -1)
+        return self.encode(images, every, torch.zeros(every.shape), {})
+
     def decode(
         self, latent: Float[Tensor, "B tokens D"], ids_restore: Int[Tensor, "B L"], stages: dict[str, Tensor]
     ) -> Float[Tensor, "B L P"]:
@@ -310,6 +315,36 @@ class MaskedAutoencoder(nn.Module):
             mask = torch.ones_like(mask)
         per_patch = ((pred - target) ** 2).mean(dim=-1)
         return (per_patch * mask).sum() / mask.sum()
+
+
+class Classifier(nn.Module):
+    """The encoder with a linear head, as the authors fine-tune it: the mean of the patches or the class token."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        model, D = config.model, config.model.encoder.width
+        self.patch_embed = PatchEmbed(model.in_channels, D, model.patch_hw)
+        if model.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.pos_embed = nn.Parameter(positions(model, D))
+        self.blocks = nn.ModuleList([Block(model.encoder) for _ in range(model.encoder.depth)])
+        if config.pooling == "mean":
+            self.fc_norm = nn.LayerNorm(D, eps=EPS)
+        else:
+            self.norm = nn.LayerNorm(D, eps=EPS)
+        self.head = nn.Linear(D, config.classes)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+        x = self.patch_embed(images)
+        if self.config.model.class_token:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        if self.config.pooling == "mean":
+            return self.head(self.fc_norm(x[:, int(self.config.model.class_token) :].mean(dim=1)))
+        return self.head(self.norm(x)[:, 0])
 
 
 def take(x: Float[Tensor, "B T D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:

@@ -25,7 +25,7 @@ def reconstruction_sheet(
     Raises:
       StatedError: no checkpoint, a file does not decode, or the mask ratio does not fit the model.
     """
-    config, params, step = load_params(run)
+    config, params, step = load_params(run, part="all")
     model = config.model
     if mask_ratio is not None:
         try:

@@ -92,11 +92,15 @@ class Encoder(nn.Module):
             tokens = append_token(tokens, self.mask_token, config.num_patches)
         return with_positions(tokens, self.position_table, mask, self.cls_token if config.class_token else None)
 
-    def __call__(self, visible: Patches, mask: Mask) -> Tokens:
+    def blocks(self, visible: Patches, mask: Mask) -> Tokens:
+        """The tokens after the last block, not yet normalised."""
         x = self.embed(visible, mask)
         for block in self.block:
             x = block(x, 0)
-        return self.norm(x)
+        return x
+
+    def __call__(self, visible: Patches, mask: Mask) -> Tokens:
+        return self.norm(self.blocks(visible, mask))
 
 
 class Decoder(nn.Module):
@@ -163,6 +167,15 @@ def with_positions(
     return jnp.concatenate([first, tokens], axis=1)
 
 
+def everything_visible(
+    images: Float[Array, "batch height width channels"], config: ModelConfig
+) -> tuple[Patches, Mask]:
+    """All patches in image order, and the mask that hides none."""
+    patches = patchify(images.astype(wide(config.dtype)), config.patch_hw)
+    ids = jnp.broadcast_to(jnp.arange(patches.shape[1]), patches.shape[:2])
+    return patches, Mask(ids, ids, jnp.zeros(ids.shape))
+
+
 class MaskedAutoencoder(nn.Module):
     """Images and mask noise to a loss and all that led to it.
 
@@ -207,9 +220,7 @@ class MaskedAutoencoder(nn.Module):
 
     def encode(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens encoder_width"]:
         """The encoder's tokens with every patch visible: class token first, then the patches in image order."""
-        patches = patchify(images.astype(wide(self.config.dtype)), self.config.patch_hw)
-        ids = jnp.broadcast_to(jnp.arange(patches.shape[1]), patches.shape[:2])
-        return self.encoder(patches, Mask(ids, ids, jnp.zeros(ids.shape)))
+        return self.encoder(*everything_visible(images, self.config))
 
     def target(self, patches: Patches) -> Patches:
         """What is to be predicted: pixels, or pixels normalised inside each patch."""

@@ -51,3 +51,29 @@ def fixed_positions(kind: str, width: int, grid: tuple[int, int], class_token: b
     else:
         raise ValueError(f"positions {kind!r} are not frozen (those that are: sincos2d, sincos1d)")
     return np.concatenate([np.zeros((int(class_token), width)), table]).astype(np.float32)
+
+
+def resize_positions(table: Table, old: tuple[int, int], new: tuple[int, int], class_token: bool) -> Table:
+    """A learned table for another grid of patches: bicubic, the class token's row as it is.
+
+    The kernel is PyTorch's (Keys 1981 with a = -0.75, edges repeated, no antialiasing), as the authors resize for
+    fine-tuning at another resolution. `old` and `new` are rows and columns of patches.
+    """
+    first, patches = table[: int(class_token)], table[int(class_token) :]
+    grid = patches.reshape(*old, -1)
+    rows, columns = (_bicubic(n, m) for n, m in zip(old, new, strict=True))
+    resized = np.einsum("ir,jc,rcd->ijd", rows, columns, grid).reshape(new[0] * new[1], -1)
+    return np.concatenate([first, resized.astype(table.dtype)])
+
+
+def _bicubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """The weights of `old` samples in each of `new` ones."""
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = np.zeros((new, old))
+    for tap in range(-1, 3):
+        place = np.floor(centre).astype(int) + tap
+        x = np.abs(centre - place)
+        near = 1.25 * x**3 - 2.25 * x**2 + 1
+        far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+        np.add.at(weights, (np.arange(new), place.clip(0, old - 1)), np.where(x <= 1, near, far))
+    return weights

@@ -3,6 +3,7 @@
 One table says which tensor is which and how its axes are laid out; both directions read it. All is NumPy.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,15 +11,25 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from mae_jax.config import ModelConfig, TransformerConfig
+from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
 from mae_jax.models.positions import fixed_positions
+
+Config = ModelConfig | ClassifierConfig
+Part = Literal["all", "encoder"]
 
 Params = dict[str, Any]
 Tensors = dict[str, np.ndarray]
 Layout = Literal["same", "transposed", "convolution"]
 
-# How far a stored frozen table may be from the computed one: it was rounded to float32, perhaps to float16.
-TABLE_TOLERANCE = 1e-3
+# How far a stored frozen table may be from the computed one, by the dtype that it was rounded to; some code computes
+# it in float32. A trained table is further off.
+_TABLE_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}
+
+
+def is_table(stored: np.ndarray, computed: np.ndarray) -> bool:
+    """Whether a stored position table is the computed one, rounded."""
+    apart = np.abs(stored.astype(np.float64) - computed).max()
+    return bool(apart <= _TABLE_TOLERANCE.get(stored.dtype.name, 0.0))
 
 
 @dataclass(frozen=True)
@@ -35,11 +46,28 @@ class Entry:
     layout: Layout = "same"
 
 
-def entries(config: ModelConfig) -> Iterator[Entry]:
-    """The table, in the order of the data: every trained tensor of this configuration."""
-    encoder, decoder = config.encoder, config.decoder
-    D, d, tokens = encoder.width, decoder.width, config.num_patches + config.class_token
+def encoder_config(config: Config) -> ModelConfig:
+    """What says how the encoder is built."""
+    return config.model if isinstance(config, ClassifierConfig) else config
 
+
+def entries(config: Config, part: Part = "all") -> Iterator[Entry]:
+    """The table, in the order of the data: every trained tensor of this configuration, or of its encoder alone."""
+    pools_by_mean = isinstance(config, ClassifierConfig) and config.pooling == "mean"
+    yield from _encoder(encoder_config(config), norm=not pools_by_mean)
+    if part == "encoder":
+        return
+    if isinstance(config, ClassifierConfig):
+        width = config.model.encoder.width
+        if pools_by_mean:
+            yield from _norm("fc_norm", ("fc_norm",), width)
+        yield from _dense("head", ("head",), width, config.classes)
+    else:
+        yield from _decoder(config)
+
+
+def _encoder(config: ModelConfig, norm: bool) -> Iterator[Entry]:
+    stack, D = config.encoder, config.encoder.width
     yield Entry("patch_embed.proj.weight", ("encoder", "patch_embed", "kernel"),
                 (D, config.in_channels, *config.patch_hw), "convolution")  # fmt: skip
     yield Entry("patch_embed.proj.bias", ("encoder", "patch_embed", "bias"), (D,))
@@ -48,18 +76,22 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     if config.encoder_mask_tokens:
         yield Entry("encoder_mask_token", ("encoder", "mask_token"), (1, 1, D))
     if config.positions == "learned":
-        yield Entry("pos_embed", ("encoder", "pos_embed"), (1, tokens, D))
-    for i in range(encoder.depth):
-        yield from _block(f"blocks.{i}", ("encoder", f"block_{i}"), encoder)
-    yield from _norm("norm", ("encoder", "norm"), D)
+        yield Entry("pos_embed", ("encoder", "pos_embed"), (1, config.num_patches + config.class_token, D))
+    for i in range(stack.depth):
+        yield from _block(f"blocks.{i}", ("encoder", f"block_{i}"), stack)
+    if norm:
+        yield from _norm("norm", ("encoder", "norm"), D)
 
-    yield from _dense("decoder_embed", ("decoder", "embed"), D, d)
+
+def _decoder(config: ModelConfig) -> Iterator[Entry]:
+    stack, d = config.decoder, config.decoder.width
+    yield from _dense("decoder_embed", ("decoder", "embed"), config.encoder.width, d)
     if not config.encoder_mask_tokens:
         yield Entry("mask_token", ("decoder", "mask_token"), (1, 1, d))
     if config.positions == "learned":
-        yield Entry("decoder_pos_embed", ("decoder", "pos_embed"), (1, tokens, d))
-    for i in range(decoder.depth):
-        yield from _block(f"decoder_blocks.{i}", ("decoder", f"block_{i}"), decoder)
+        yield Entry("decoder_pos_embed", ("decoder", "pos_embed"), (1, config.num_patches + config.class_token, d))
+    for i in range(stack.depth):
+        yield from _block(f"decoder_blocks.{i}", ("decoder", f"block_{i}"), stack)
     yield from _norm("decoder_norm", ("decoder", "norm"), d)
     yield from _dense("decoder_pred", ("decoder", "pred"), d, config.patch_dim)
 
@@ -84,44 +116,67 @@ def _norm(key: str, path: tuple[str, ...], width: int) -> Iterator[Entry]:
     yield Entry(f"{key}.bias", (*path, "bias"), (width,))
 
 
-def frozen_tables(config: ModelConfig) -> dict[str, Float[np.ndarray, "1 tokens width"]]:
+def frozen_tables(config: Config, part: Part = "all") -> dict[str, Float[np.ndarray, "1 tokens width"]]:
     """The position tables that checkpoints hold though they are never trained; none where positions are learned."""
-    if config.positions == "learned":
+    model = encoder_config(config)
+    if model.positions == "learned":
         return {}
-    widths = {"pos_embed": config.encoder.width, "decoder_pos_embed": config.decoder.width}
+    widths = {"pos_embed": model.encoder.width}
+    if part == "all" and isinstance(config, ModelConfig):
+        widths["decoder_pos_embed"] = model.decoder.width
     return {
-        key: fixed_positions(config.positions, width, config.grid, config.class_token)[None].astype(np.float32)
+        key: fixed_positions(model.positions, width, model.grid, model.class_token)[None].astype(np.float32)
         for key, width in widths.items()
     }
 
 
-def from_fair(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
+def shapes(config: Config, part: Part = "all") -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """The shape of each tensor that has to be there, and of each frozen table, which may be."""
+    return (
+        {entry.key: entry.shape for entry in entries(config, part)},
+        {key: table.shape for key, table in frozen_tables(config, part).items()},
+    )
+
+
+def key_faults(
+    tensors: Mapping[str, np.ndarray],
+    required: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]],
+) -> list[str]:
+    """Every key that is missing, unknown (with the missing one that is named most like it), or wrongly shaped."""
+    expected = {**required, **optional}
+    missing = [key for key in required if key not in tensors]
+    faults = [f"{key} is missing" for key in missing]
+    for key in tensors:
+        if key not in expected:
+            near = difflib.get_close_matches(key, missing or list(expected), n=1)
+            faults.append(f"{key} is unknown" + (f" (nearest: {near[0]})" if near else ""))
+    faults += [
+        f"{key} has shape {tuple(tensors[key].shape)}, not {shape}"
+        for key, shape in expected.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
+    ]
+    return faults
+
+
+def from_fair(tensors: Mapping[str, np.ndarray], config: Config, part: Part = "all") -> Params:
     """Parameters from the authors' tensors; frozen position tables may be there, and are then checked.
 
     Raises:
       ValueError: keys are missing, unknown, wrongly shaped, or a frozen table is another one; all are listed.
     """
-    table, frozen = list(entries(config)), frozen_tables(config)
-    shapes = {entry.key: entry.shape for entry in table} | {key: value.shape for key, value in frozen.items()}
-    faults = [f"{entry.key} is missing" for entry in table if entry.key not in tensors]
-    faults += [f"{key} is unknown" for key in tensors if key not in shapes]
+    frozen, positions = frozen_tables(config, part), encoder_config(config).positions
+    faults = key_faults(tensors, *shapes(config, part))
     faults += [
-        f"{key} has shape {tensors[key].shape}, not {shape}"
-        for key, shape in shapes.items()
-        if key in tensors and tensors[key].shape != shape
-    ]
-    faults += [
-        f"{key} is not the {config.positions} table (load it with positions='learned')"
+        f"{key} is not the {positions} table (load it with positions='learned')"
         for key, values in frozen.items()
-        if key in tensors
-        and tensors[key].shape == values.shape
-        and np.abs(tensors[key] - values).max() > TABLE_TOLERANCE
+        if key in tensors and tensors[key].shape == values.shape and not is_table(tensors[key], values)
     ]
     if faults:
         raise ValueError("the tensors do not fit the configuration: " + "; ".join(faults))
 
     params: Params = {}
-    for entry in table:
+    for entry in entries(config, part):
         *parents, leaf = entry.path
         node = params
         for name in parents:
@@ -130,13 +185,14 @@ def from_fair(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
     return params
 
 
-def to_fair(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
+def to_fair(params: Mapping[str, Any], config: Config, part: Part = "all") -> Tensors:
     """The authors' tensors from parameters, frozen position tables included.
 
     Raises:
       ValueError: parameters are missing, unknown or wrongly shaped; all are listed.
     """
-    table, leaves = list(entries(config)), dict(_leaves(params))
+    leaves = dict(_leaves({"encoder": params.get("encoder", {})} if part == "encoder" else params))
+    table = list(entries(config, part))
     faults = [f"{'/'.join(path)} is unknown" for path in leaves.keys() - {entry.path for entry in table}]
     tensors = {}
     for entry in table:
@@ -151,7 +207,7 @@ def to_fair(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
         tensors[entry.key] = _to_torch(values, entry)
     if faults:
         raise ValueError("the parameters do not fit the configuration: " + "; ".join(sorted(faults)))
-    return tensors | frozen_tables(config)
+    return tensors | frozen_tables(config, part)
 
 
 def _to_flax(values: np.ndarray, layout: Layout) -> np.ndarray:

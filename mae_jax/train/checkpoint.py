@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -177,13 +177,30 @@ class Checkpoints:
         self._manager.close()
 
 
-def load_params(run_or_checkpoint: str | Path) -> tuple[PretrainConfig, Params, int]:
+class Exported(NamedTuple):
+    """What a checkpoint without a run behind it holds; its names are those of TrainState."""
+
+    params: Params
+
+
+def save_params(path: Path, config: PretrainConfig, params: Params) -> None:
+    """Write parameters, of the whole model or of its encoder alone, as a checkpoint that `load_params` reads."""
+    exported = Exported(jax.tree.map(jnp.asarray, params))
+    record = {"config": config_to_dict(config), "fingerprint": fingerprint(exported)}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(exported), **{RECORD: ocp.args.JsonSave(record)})
+        writer.save(path.absolute(), args=arguments)
+
+
+def load_params(
+    run_or_checkpoint: str | Path, part: Literal["all", "encoder"] = "encoder"
+) -> tuple[PretrainConfig, Params, int]:
     """Configuration, parameters (their running average where the run keeps one) and step of a checkpoint.
 
-    The optimizer's state is not read.
+    The optimizer's state is not read. A checkpoint that was ported may hold the encoder alone; its step is 0.
 
     Raises:
-      StatedError: there is no checkpoint, or it cannot be read.
+      StatedError: there is no checkpoint, it cannot be read, or it has no decoder and `part` all asks for one.
     """
     folder = find_checkpoint(run_or_checkpoint)
     config, recorded = read_record(folder)
@@ -193,6 +210,8 @@ def load_params(run_or_checkpoint: str | Path) -> tuple[PretrainConfig, Params, 
             jax.eval_shape(lambda: init_state(config)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
         )
         item = {kind: getattr(whole, kind)}
+        if not any("['decoder']" in key for key in recorded):
+            item[kind] = {"encoder": item[kind]["encoder"]}
         with _quiet_readers(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arguments = ocp.args.PyTreeRestore(
                 item=item,
@@ -204,4 +223,6 @@ def load_params(run_or_checkpoint: str | Path) -> tuple[PretrainConfig, Params, 
         _check_fingerprint(params, {key.removeprefix(prefix): value for key, value in recorded.items()})
     except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
         raise StatedError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {error}") from error
-    return config, params, int(folder.name)
+    if part == "all" and "decoder" not in params:
+        raise StatedError(f"{run_or_checkpoint} holds an encoder alone, and this needs the decoder too")
+    return config, params, int(folder.name) if folder.name.isdigit() else 0

@@ -1,0 +1,144 @@
+"""The configuration that a checkpoint's shapes imply; what no tensor tells comes from hints, or is asked for."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mae_jax.config import MODELS, ClassifierConfig, Dtype, ModelConfig, Positions, Size, TransformerConfig
+from mae_jax.errors import StatedError
+from mae_jax.models.positions import fixed_positions
+from mae_jax.port.keys import Config, is_table
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What stands beside the tensors, in arguments or a config.json, or is said by the user; None where nothing is."""
+
+    encoder_heads: int | None = None
+    decoder_heads: int | None = None
+    image_size: Size | None = None  # of the file's position table
+    mask_ratio: float | None = None
+    norm_pix_loss: bool | None = None
+
+    def over(self, other: "Hints") -> "Hints":
+        """These hints, and the other's where these say nothing."""
+        return Hints(
+            *(mine if mine is not None else theirs for mine, theirs in zip(*map(_values, (self, other)), strict=True))
+        )
+
+
+def _values(hints: Hints) -> tuple[object, ...]:
+    return tuple(vars(hints).values())
+
+
+# Heads of the published widths: the sizes of the table, and the paper's decoder.
+_ENCODER_HEADS = {model.encoder.width: model.encoder.heads for model in MODELS.values()}
+_DECODER_HEADS = {model.decoder.width: model.decoder.heads for model in MODELS.values()}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def infer_config(tensors: Mapping[str, np.ndarray], hints: Hints, dtype: Dtype) -> Config:
+    """The configuration of these tensors, which carry the authors' names; the decoder is the paper's where none is.
+
+    Raises:
+      StatedError: a tensor that tells of the configuration is missing, or heads or image size must be given.
+    """
+    width, channels, *patch_hw = _shape(tensors, "patch_embed.proj.weight", 4)
+    class_token = "cls_token" in tensors
+    rows = _shape(tensors, "pos_embed", 3)[1]
+    decoder = ModelConfig().decoder
+    if "decoder_embed.weight" in tensors:
+        decoder_width = _shape(tensors, "decoder_embed.weight", 2)[0]
+        decoder = _stack(
+            tensors,
+            "decoder_blocks",
+            decoder_width,
+            hints.decoder_heads or _DECODER_HEADS.get(decoder_width),
+            "decoder",
+        )
+    try:
+        model = ModelConfig(
+            image_size=_image_size(rows - class_token, (patch_hw[0], patch_hw[1]), hints.image_size),
+            patch_size=patch_hw[0] if patch_hw[0] == patch_hw[1] else (patch_hw[0], patch_hw[1]),
+            in_channels=channels,
+            encoder=_stack(tensors, "blocks", width, hints.encoder_heads or _ENCODER_HEADS.get(width), "encoder"),
+            decoder=decoder,
+            class_token=class_token,
+            positions="learned",
+            mask_ratio=ModelConfig.mask_ratio if hints.mask_ratio is None else hints.mask_ratio,
+            norm_pix_loss=bool(hints.norm_pix_loss),
+            dtype=dtype,
+        )
+        model = replace(model, positions=_positions(tensors, model))
+        if "head.weight" not in tensors:
+            return model
+        return ClassifierConfig(model, len(tensors["head.weight"]), "mean" if "fc_norm.weight" in tensors else "class")
+    except ValueError as error:
+        raise StatedError(f"the shapes make no model: {error}") from error
+
+
+def _shape(tensors: Mapping[str, np.ndarray], key: str, dimensions: int) -> tuple[int, ...]:
+    if key not in tensors:
+        raise StatedError(f"{key} is missing, without which the configuration is unknown")
+    shape = tuple(tensors[key].shape)
+    if len(shape) != dimensions:
+        raise StatedError(f"{key} has shape {shape}, where {dimensions} dimensions are expected")
+    return shape
+
+
+def _stack(tensors: Mapping[str, np.ndarray], key: str, width: int, heads: int | None, name: str) -> TransformerConfig:
+    depth = 0
+    while f"{key}.{depth}.norm1.weight" in tensors:
+        depth += 1
+    hidden = _shape(tensors, f"{key}.0.mlp.fc1.weight", 2)[0]
+    if heads is None:
+        raise StatedError(
+            f"{name} heads are in no tensor, and width {width} is of no published model: give --{name}-heads "
+            f"(in Python, {name}_heads=)"
+        )
+    try:
+        return TransformerConfig(width, depth, heads, hidden / width)
+    except ValueError as error:
+        raise StatedError(f"{name}: {error}") from error
+
+
+def _image_size(patches: int, patch: tuple[int, int], given: Size | None) -> Size:
+    if given is not None:
+        height, width = (given, given) if isinstance(given, int) else given
+        if height % patch[0] or width % patch[1] or (height // patch[0]) * (width // patch[1]) != patches:
+            raise StatedError(
+                f"image size {given} with patches of {patch} does not give the {patches} patches of pos_embed"
+            )
+        return height if height == width else (height, width)
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise StatedError(
+            f"pos_embed has {patches} patches, which is no square: give the size of the images that it was made for, "
+            "--source-image-size HEIGHT WIDTH (in Python, source_image_size=)"
+        )
+    height, width = side * patch[0], side * patch[1]
+    return height if height == width else (height, width)
+
+
+def _positions(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> Positions:
+    """The frozen kind whose tables these are, or learned."""
+    tables = {"pos_embed": model.encoder.width}
+    if "decoder_pos_embed" in tensors:
+        tables["decoder_pos_embed"] = model.decoder.width
+    kinds: tuple[Positions, ...] = ("sincos2d", "sincos1d")
+    for kind in kinds:
+        try:
+            expected = {
+                key: fixed_positions(kind, width, model.grid, model.class_token) for key, width in tables.items()
+            }
+        except ValueError:  # a width that this kind does not allow
+            continue
+        if all(
+            tensors[key].shape[1:] == table.shape and is_table(tensors[key][0], table)
+            for key, table in expected.items()
+        ):
+            return kind
+    return "learned"

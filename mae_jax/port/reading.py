@@ -1,0 +1,246 @@
+"""Reading: a PyTorch file, a Hugging Face folder, a run of this project, or a repository on the hub, to `Weights`."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mae_jax.config import Dtype, ModelConfig, Size, wide
+from mae_jax.errors import StatedError
+from mae_jax.port.files import Contents, read_file
+from mae_jax.port.hub import download
+from mae_jax.port.inference import Hints, infer_config
+from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, from_fair
+from mae_jax.port.layouts import Layout, detect, from_layout, in_decoder
+from mae_jax.port.weights import Weights, default_normalisation, for_image_size
+from mae_jax.train.checkpoint import load_params
+
+# The files of a folder that may hold its weights, the first that is there.
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
+_INDEX = "model.safetensors.index.json"  # of weights in several files
+_PROBE_EPS = 1e-6  # of the BatchNorm in front of a linear probe's head (He et al. 2021, appendix A.1)
+
+
+def load_torch(
+    source: str | Path,
+    *,
+    encoder_heads: int | None = None,
+    decoder_heads: int | None = None,
+    image_size: Size | None = None,
+    source_image_size: Size | None = None,
+    mask_ratio: float | None = None,
+    norm_pix_loss: bool | None = None,
+    dtype: Dtype = "float32",
+) -> tuple[Config, Params]:
+    """Configuration and parameters of a PyTorch checkpoint, in any layout that `mae-jax port` reads.
+
+    `ModelConfig` and the parameters of `MaskedAutoencoder` (of its encoder alone, where the file has no decoder); of a
+    fine-tuned file `ClassifierConfig` and the parameters of `Classifier`. What the file does not say is asked for:
+
+    Args:
+      source: A file, a folder, or hf:OWNER/NAME.
+      encoder_heads: Attention heads; known for the published widths.
+      decoder_heads: The decoder's.
+      image_size: Of the images to come; sin-cos positions are recomputed, learned ones resized. By default the file's.
+      source_image_size: What the file's positions were made for, where they are not those of a square.
+      mask_ratio: By default what the file says, or 0.75.
+      norm_pix_loss: By default what the file says, or False.
+      dtype: Of the configuration; float64 makes the parameters float64, they are float32 otherwise.
+
+    Raises:
+      StatedError: it cannot be read, or is no masked autoencoder.
+    """
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise StatedError('dtype float64 needs jax.config.update("jax_enable_x64", True) first')
+    hints = Hints(encoder_heads, decoder_heads, source_image_size, mask_ratio, norm_pix_loss)
+    weights = read_weights(source, hints, image_size=image_size, dtype=dtype)
+    return weights.config, jax.tree.map(jax.numpy.asarray, weights.params)
+
+
+def read_weights(
+    source: str | Path, hints: Hints | None = None, *, image_size: Size | None = None, dtype: Dtype = "float32"
+) -> Weights:
+    """What a source holds; `hints` go before what it says of itself.
+
+    Raises:
+      StatedError: it cannot be read, or is no masked autoencoder.
+    """
+    path = download(str(source).removeprefix("hf:")) if str(source).startswith("hf:") else Path(source)
+    hints = hints or Hints()
+    if not path.exists():
+        raise StatedError(f"{source} does not exist")
+    weights = _from_run(path, hints) if _is_run(path) else _from_torch(path, hints, dtype)
+    return weights if image_size is None else for_image_size(weights, image_size)
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and any((path / name).is_dir() for name in ("record", "checkpoints"))
+
+
+def _from_run(path: Path, hints: Hints) -> Weights:
+    config, params, step = load_params(path)
+    model = config.model
+    changes = {name: value for name in ("mask_ratio", "norm_pix_loss") if (value := getattr(hints, name)) is not None}
+    try:
+        model = replace(model, **changes)
+    except ValueError as error:
+        raise StatedError(str(error)) from error
+    return Weights(
+        model,
+        jax.tree.map(np.asarray, params),
+        "all" if "decoder" in params else "encoder",
+        config.augment.mean,
+        config.augment.std,
+        f"run at step {step}",
+        notes=() if config.optim.ema_decay is None else ("the running average of the parameters is taken",),
+    )
+
+
+def _from_torch(path: Path, hints: Hints, dtype: Dtype) -> Weights:
+    contents, beside = _read_folder(path) if path.is_dir() else (read_file(path), {})
+    found = detect(contents.tensors)
+    if found is None:
+        keys = ", ".join(list(contents.tensors)[:4])
+        raise StatedError(f"{path} holds no masked autoencoder that is known here (its keys begin: {keys})")
+    layout, prefix = found
+    notes = [f"left out: {', '.join(contents.left)}"] if contents.left else []
+    tensors = _strip(contents.tensors, prefix, layout, notes)
+    given = hints.over(_hints(contents.arguments)).over(_hints(beside))
+    _check_settings(beside, path, notes)
+    if given.norm_pix_loss is None and any(in_decoder(key) for key in _named(tensors, layout)):
+        notes.append(
+            "the file does not say whether targets were normalised pixels; taken as plain (norm_pix_loss says)"
+        )
+    try:
+        named = _unprobed(_named(tensors, layout), notes)
+        config = infer_config(named, given, dtype)
+        part: Part = "encoder" if isinstance(config, ModelConfig) and not any(map(in_decoder, named)) else "all"
+        fair = from_layout(named if layout.name == "fair" else tensors, layout, config, part)
+        params = from_fair(fair, config, part)
+    except StatedError as error:
+        raise StatedError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise StatedError(f"{path} ({layout.name}{f', under {prefix}' if prefix else ''}): {error}") from error
+    mean, std = _normalisation(beside, encoder_config(config).in_channels)
+    parameter_dtype = np.dtype(wide(dtype))
+    return Weights(
+        config,
+        jax.tree.map(lambda values: np.asarray(values, parameter_dtype), params),
+        part,
+        mean,
+        std,
+        layout.name if part == "all" else f"{layout.name}, encoder alone",
+        fair,
+        tuple(notes),
+    )
+
+
+def _strip(tensors: Tensors, prefix: str, layout: Layout, notes: list[str]) -> Tensors:
+    """The model's own tensors, without what stands before their names; others are noted."""
+    own = {key.removeprefix(prefix): values for key, values in tensors.items() if key.startswith(prefix)}
+    unused = [key for key in own if re.fullmatch(layout.unused, key)]
+    others = [key for key in tensors if not key.startswith(prefix)] + unused
+    if others:
+        shown = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
+        notes.append(f"left out: {len(others)} tensors that the model does not use ({shown})")
+    return {key: values for key, values in own.items() if key not in unused}
+
+
+def _named(tensors: Tensors, layout: Layout) -> Tensors:
+    """As many tensors as have one of the authors' names that tells of the configuration."""
+    if layout.name == "fair":
+        return tensors
+    keys = [
+        "patch_embed.proj.weight",
+        "cls_token",
+        "pos_embed",
+        "mask_token",
+        "decoder_embed.weight",
+        "decoder_pos_embed",
+    ]
+    for blocks in ("blocks", "decoder_blocks"):
+        depth = 0
+        while layout.rename(f"{blocks}.{depth}.norm1.weight")[0] in tensors:
+            keys += [f"{blocks}.{depth}.norm1.weight", f"{blocks}.{depth}.mlp.fc1.weight"]
+            depth += 1
+    return {key: tensors[layout.rename(key)[0]] for key in keys if layout.rename(key)[0] in tensors}
+
+
+def _unprobed(tensors: Tensors, notes: list[str]) -> Tensors:
+    """A linear probe's head with the BatchNorm before it folded in: the same logits from one product."""
+    if "head.0.running_mean" not in tensors or "head.1.weight" not in tensors:
+        return tensors
+    scale = 1 / np.sqrt(tensors["head.0.running_var"].astype(np.float64) + _PROBE_EPS)
+    weight = tensors["head.1.weight"] * scale
+    folded = {
+        "head.weight": weight.astype(np.float32),
+        "head.bias": (tensors["head.1.bias"] - weight @ tensors["head.0.running_mean"]).astype(np.float32),
+    }
+    notes.append("the BatchNorm in front of the linear head is folded into it")
+    return {key: values for key, values in tensors.items() if not key.startswith("head.")} | folded
+
+
+def _read_folder(folder: Path) -> tuple[Contents, dict[str, Any]]:
+    """The weights in a folder, and what its config.json and preprocessor_config.json say."""
+    said = {name: _read_json(folder / name) for name in ("config.json", "preprocessor_config.json")}
+    beside = said["config.json"] | {"preprocessor": said["preprocessor_config.json"]}
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return read_file(folder / name), beside
+    if (folder / _INDEX).is_file():
+        parts = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+        tensors = {key: values for name in parts for key, values in read_file(folder / name).tensors.items()}
+        return Contents(tensors, {}), beside
+    raise StatedError(f"{folder} holds no weights ({', '.join((*_WEIGHT_FILES, _INDEX))}) and is no run")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StatedError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise StatedError(f"{path} holds {type(values).__name__}, not a configuration")
+    return values
+
+
+def _hints(said: Mapping[str, Any]) -> Hints:
+    """What arguments or a config.json say, under the names of the authors, of Hugging Face or of this project."""
+
+    def first(*names: str) -> Any:
+        return next((said[name] for name in names if said.get(name) is not None), None)
+
+    size = first("image_size", "input_size")
+    return Hints(
+        encoder_heads=first("encoder_heads", "num_attention_heads"),
+        decoder_heads=first("decoder_heads", "decoder_num_attention_heads"),
+        image_size=tuple(size) if isinstance(size, list) else size,
+        mask_ratio=first("mask_ratio"),
+        norm_pix_loss=first("norm_pix_loss"),
+    )
+
+
+def _check_settings(said: Mapping[str, Any], path: Path, notes: list[str]) -> None:
+    """Settings of a Hugging Face configuration that this project's model does not have."""
+    activation = said.get("hidden_act", "gelu")
+    if activation != "gelu":
+        raise StatedError(f"{path}/config.json says hidden_act {activation!r}; only the exact gelu is computed here")
+    eps = said.get("layer_norm_eps", 1e-6)
+    if eps != 1e-6:
+        notes.append(f"config.json says layer_norm_eps {eps}; here LayerNorms have the authors' 1e-6")
+
+
+def _normalisation(said: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation from a preprocessor_config.json, or from timm's config.json."""
+    for values in (said.get("preprocessor", {}), said.get("pretrained_cfg", {})):
+        for mean, std in (("image_mean", "image_std"), ("mean", "std")):
+            if len(values.get(mean, ())) == len(values.get(std, ())) == channels:
+                return tuple(values[mean]), tuple(values[std])
+    return default_normalisation(channels)
