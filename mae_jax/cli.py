@@ -1,7 +1,9 @@
 """The command line, one function per command. Frameworks are imported inside them: help must answer at once."""
 
 import argparse
+import inspect
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,13 +23,23 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     from mae_jax.presets import PRESETS
     from mae_jax.train.host_memory import keep_freed_memory
 
-    recipes = tyro.extras.subcommand_type_from_defaults(
-        {name: preset() for name, preset in PRESETS.items()},
-        {name: preset.__doc__ or "" for name, preset in PRESETS.items()},
-    )
-    config: PretrainConfig = tyro.cli(
-        recipes, args=_unalias(args), prog=prog, config=(tyro.conf.OmitSubcommandPrefixes,)
-    )
+    config: PretrainConfig
+    if args and args[0] in PRESETS:
+        preset = PRESETS[args[0]]
+        description = f"{inspect.getdoc(preset)}\n\n--precision stands for --model.dtype; --debug shows tracebacks."
+        config = tyro.cli(
+            PretrainConfig,
+            default=preset(),
+            args=_unalias(args[1:]),
+            prog=f"{prog} {args[0]}",
+            description=description,
+        )
+    else:  # help, or a word that is no preset
+        recipes = tyro.extras.subcommand_type_from_defaults(
+            {name: preset() for name, preset in PRESETS.items()},
+            {name: preset.__doc__ or "" for name, preset in PRESETS.items()},
+        )
+        config = tyro.cli(recipes, args=_unalias(args), prog=prog)
     keep_freed_memory()
     _prepare_jax(config.model.dtype)
     from mae_jax.train.loop import pretrain
@@ -36,7 +48,7 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     print(f"step {finished.step} is saved in {finished.workdir}")
     if finished.signal is None:
         return 0
-    print(f"stopped by {finished.signal.name}; to continue: {prog} {' '.join(args)}")
+    print(f"stopped by {finished.signal.name}; to continue: {shlex.join([*prog.split(), *args])}")
     return 128 + finished.signal
 
 
@@ -165,7 +177,7 @@ def _unalias(args: Sequence[str]) -> list[str]:
 def _precision(run: Path) -> str:
     from mae_jax.train.workdir import find_checkpoint, read_record
 
-    return read_record(find_checkpoint(run))[0].model.dtype
+    return read_record(find_checkpoint(run)).config.model.dtype
 
 
 def _prepare_jax(dtype: str) -> None:

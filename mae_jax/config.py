@@ -24,8 +24,15 @@ def wide(dtype: Dtype) -> Dtype:
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if not value > 0:
-            raise ValueError(f"{name} {value} must be positive")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} {value} must be positive and finite")
+
+
+def _require_whole(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} {value!r} must be a whole number, 1 or more")
 
 
 def _require_unit_interval(owner: object, *names: str) -> None:
@@ -36,7 +43,11 @@ def _require_unit_interval(owner: object, *names: str) -> None:
 
 
 def _height_width(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    if isinstance(size, int):
+        return size, size
+    if len(size) != 2:
+        raise ValueError(f"{size} is not a side, nor height and width")
+    return size[0], size[1]
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,8 @@ class TransformerConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "width", "depth", "heads", "mlp_ratio")
+        _require_whole(self, "width", "depth", "heads")
+        _require_positive(self, "mlp_ratio")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if not float(self.width * self.mlp_ratio).is_integer():
@@ -84,7 +96,7 @@ class ModelConfig:
     remat: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self) -> None:
-        _require_positive(self, "in_channels")
+        _require_whole(self, "in_channels")
         for size, patch in zip(self.image_hw, self.patch_hw, strict=True):
             if patch <= 0 or size <= 0:
                 raise ValueError(f"image_size {self.image_size} and patch_size {self.patch_size} must be positive")
@@ -201,8 +213,10 @@ class AugmentConfig:
             raise ValueError(f"ratio {self.ratio} is not 0 < low <= high")
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean {self.mean} and std {self.std} have different lengths")
-        if not all(s > 0 for s in self.std):
-            raise ValueError(f"std {self.std} must be positive")
+        if not all(math.isfinite(m) for m in self.mean):
+            raise ValueError(f"mean {self.mean} must be finite")
+        if not all(0 < s < math.inf for s in self.std):
+            raise ValueError(f"std {self.std} must be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -224,8 +238,8 @@ class OptimConfig:
         _require_positive(self, "base_lr", "eps")
         _require_unit_interval(self, "beta1", "beta2")
         for name in ("min_lr", "warmup_epochs", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} must be finite and not negative")
         if self.clip_norm is not None:
             _require_positive(self, "clip_norm")
         if self.ema_decay is not None:
@@ -258,10 +272,13 @@ class PretrainConfig:
     reconstruct_every: int | None = 1000  # steps: a picture of reconstructions into the event file
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "accumulate", "epochs", "log_every", "save_every", "keep")
+        _require_positive(self, "epochs")
+        _require_whole(self, "batch_size", "accumulate", "log_every", "save_every", "keep")
         for name in ("steps", "devices", "keep_every", "reconstruct_every"):
             if getattr(self, name) is not None:
-                _require_positive(self, name)
+                _require_whole(self, name)
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise ValueError(f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         if not 0 <= self.seed < 2**32:

@@ -7,3 +7,7 @@ class StatedError(RuntimeError):
     The command line prints the message alone and exits with 1. A configuration that cannot work
     raises ValueError instead, when it is built, and the command line exits with 2.
     """
+
+
+class NoSuchSplitError(StatedError):
+    """The data is there, the split of it is not."""

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 class Arguments:
     """Compare mae_jax with a PyTorch reference from bytes to a trained model, in the order data flows."""
 
-    model: Literal[tuple(MODELS)] = "tiny"  # type: ignore[valid-type]
-    """What to compare. The published sizes take minutes on a CPU."""
+    model: Literal[tuple(MODELS)] | None = None  # type: ignore[valid-type]
+    """What to compare: tiny by default, tiny_square with a peer. The published sizes take minutes on a CPU."""
     dtype: Literal["float32", "float64", "both"] = "both"
+    peer: Literal["huggingface", "timm", "lightly", "lightly-deprecated"] | None = None
+    """Compare with this library's own model in place of the reference: forward pass, loss, gradients."""
     stages: tuple[str, ...] = ()
     """Only these (images, patchify, masks, encoder_blocks, gradients ...); all by default."""
     seed: int = 0
@@ -40,17 +42,20 @@ def compare(arguments: Arguments, precision: "Precision") -> "Report":
 
     from parity.models import SMALL
     from parity.reference import Reference
+    from parity.peers import run as run_peer
     from parity.report import COLUMNS, Report, line, rows
     from parity.stages import run
 
-    batch_size = arguments.batch_size or (4 if arguments.model in SMALL else 2)
-    reference = Reference(MODELS[arguments.model], precision, arguments.seed, batch_size)
+    model = arguments.model or ("tiny" if arguments.peer is None else "tiny_square")
+    batch_size = arguments.batch_size or (4 if model in SMALL else 2)
+    reference = Reference(MODELS[model], precision, arguments.seed, batch_size)
     versions = {"jax": jax.__version__, "flax": flax.__version__, "torch": torch.__version__}
     device = jax.local_devices()[0].device_kind
-    report = Report(arguments.model, precision, arguments.seed, reference.config, versions, device)
+    name = model if arguments.peer is None else f"{model} against {arguments.peer}"
+    report = Report(name, precision, arguments.seed, reference.config, versions, device)
 
-    print(f"{arguments.model}, {precision}\n{line(COLUMNS)}", flush=True)
-    for results in run(reference, arguments.stages):
+    print(f"{name}, {precision}\n{line(COLUMNS)}", flush=True)
+    for results in run(reference, arguments.stages) if arguments.peer is None else run_peer(arguments.peer, reference):
         report.results += results
         for row in rows(results):
             print(line(row), flush=True)
@@ -77,6 +82,7 @@ def main() -> int:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=2".strip()
 
     try:
+        from mae_jax.port.receivers import NotInstalledError
         from parity.stages import STAGES
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -84,12 +90,23 @@ def main() -> int:
         print("The comparison needs PyTorch: pip install 'mae-jax[torch]'", file=sys.stderr)
         return 1
 
+    if arguments.peer is not None:
+        if arguments.stages:
+            return wrong_usage("--stages are the reference's; --peer compares the whole model")
+        from parity.peers import declare_torchvision_operators
+
+        declare_torchvision_operators()
+
     unknown = [name for name in arguments.stages if name not in STAGES]
     if unknown:
         return wrong_usage(f"--stages {' '.join(unknown)}: unknown (there are: {', '.join(STAGES)})")
 
     precisions: tuple[Precision, ...] = ("float64", "float32") if arguments.dtype == "both" else (arguments.dtype,)
-    reports = [compare(arguments, precision) for precision in precisions]
+    try:
+        reports = [compare(arguments, precision) for precision in precisions]
+    except NotInstalledError as error:
+        print(f"--peer {arguments.peer}: {error} cannot be imported; install it", file=sys.stderr)
+        return 1
     if arguments.report is not None:
         from parity.report import write
 

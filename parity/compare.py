@@ -55,7 +55,7 @@ def compare(pair: Pair, precision: Precision) -> Result:
     fault = ""
     if ours.shape != theirs.shape:
         fault = f"shape {ours.shape}, reference {theirs.shape}"
-    elif pair.kind in ("stage", "forward", "gradient") and ours.dtype != precision:
+    elif pair.kind in ("stage", "product", "forward", "gradient") and ours.dtype != precision:
         fault = f"computed in {ours.dtype}"
     if ours.shape != theirs.shape or theirs.size == 0:
         return Result(pair.stage, pair.tensor, math.nan, math.nan, bound, fault or "nothing to compare")

@@ -2,7 +2,8 @@
 
 Written for clarity, in the textbook order: every patch is projected, positions are added, then the hidden ones are
 dropped. Parameters carry the names of the authors' published checkpoints. It shares nothing with `mae_jax` but the
-configuration: positions and masks are computed here a second time, by plain loops.
+configuration and its sums (rows and columns, values in a patch, the stride of a grid mask): positions and masks are
+computed here a second time, by plain loops.
 
     B batch, L patches, K visible patches, P values in a patch, D encoder width, d decoder width
 """

@@ -9,6 +9,7 @@ the model's definition (mae_jax/models/flops.py), forward + backward as three ti
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -34,7 +35,9 @@ class Arguments:
 
     model: Literal[(*MODELS, *PRESETS)] = "vit_small_patch16"  # type: ignore[valid-type]
     batch: int = 16
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    device: Literal["cpu", "gpu"] | None = None
+    """Where both sides run; by default on what each finds."""
     against: str = "torch"
     """Sides to compare with, comma-separated: torch, torch-compile; nothing for this project alone."""
     rounds: int = 10
@@ -72,13 +75,17 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def jax_side(config: PretrainConfig) -> Side:
+def jax_side(config: PretrainConfig, device_kind: str | None) -> Side:
     """This project's step, as `mae-jax pretrain` runs it."""
     from mae_jax.train.host_memory import keep_freed_memory
 
+    if device_kind is not None:
+        os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[device_kind]
     keep_freed_memory()
     import jax
     import numpy as np
+
+    jax.config.update("jax_enable_x64", config.model.dtype == "float64")
 
     from mae_jax.train.engines import choose_devices, pmap_engine
     from mae_jax.train.steps import Batch, init_state, make_step
@@ -108,7 +115,7 @@ def jax_side(config: PretrainConfig) -> Side:
     return Side(step, peak_bytes, f"jax {jax.__version__}", device.device_kind)
 
 
-def torch_side(config: PretrainConfig, compiled: bool) -> Side:
+def torch_side(config: PretrainConfig, device_kind: str | None, compiled: bool) -> Side:
     """The reference's step, as a PyTorch user would run it: autocast, fused AdamW, optionally torch.compile."""
     import numpy as np
     import torch
@@ -116,14 +123,18 @@ def torch_side(config: PretrainConfig, compiled: bool) -> Side:
     from parity.torch_mae import MaskedAutoencoder
     from parity.torch_train import adamw
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device_kind = device_kind or ("gpu" if torch.cuda.is_available() else "cpu")
+    device = torch.device({"cpu": "cpu", "gpu": "cuda"}[device_kind])
     model_config = config.model
-    model = MaskedAutoencoder(model_config).to(device)
+    dtype = torch.float64 if model_config.dtype == "float64" else torch.float32
+    model = MaskedAutoencoder(model_config).to(device, dtype)
     optimizer = adamw(model, config.optim, fused=True)
     forward = torch.compile(model) if compiled else model
     shape = (config.batch_size, model_config.in_channels, *model_config.image_hw)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)).to(device)
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (config.augment.mean, config.augment.std))
+    mean, std = (
+        torch.tensor(v, device=device, dtype=dtype).view(-1, 1, 1) for v in (config.augment.mean, config.augment.std)
+    )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=model_config.dtype == "bfloat16")
 
     def step() -> None:
@@ -146,7 +157,10 @@ def serve(name: str, arguments: Arguments) -> None:
     """Be one side: warm up, then time as many steps as each line of standard input says."""
     began = time.perf_counter()
     config = run_config(arguments)
-    side = jax_side(config) if name == "jax" else torch_side(config, compiled=name == "torch-compile")
+    if name == "jax":
+        side = jax_side(config, arguments.device)
+    else:
+        side = torch_side(config, arguments.device, compiled=name == "torch-compile")
     side.step()
     first = time.perf_counter() - began
     for _ in range(arguments.warmup - 1):
@@ -224,6 +238,9 @@ def main() -> None:
         if name not in SIDES:
             raise SystemExit(f"--against {name}: unknown (there are: {', '.join(SIDES[1:])})")
     sides = [Process(name, words) for name in names]
+    if len({side.about["device"] for side in sides}) > 1:
+        found = ", ".join(f"{side.name} on {side.about['device']}" for side in sides)
+        raise SystemExit(f"the sides are not on one device ({found}): give --device cpu or gpu")
     for number in range(arguments.rounds):
         for side in sides if number % 2 == 0 else sides[::-1]:
             side.round(arguments.steps)

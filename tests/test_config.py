@@ -1,5 +1,6 @@
 """A configuration is valid once it exists; one that cannot work is refused with the fields' names and values."""
 
+import math
 from contextlib import suppress
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mae_jax.config import MODELS, AugmentConfig, ModelConfig, OptimConfig, PretrainConfig, TransformerConfig
+from mae_jax.config import (
+    MODELS,
+    AugmentConfig,
+    ClassifierConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    TransformerConfig,
+)
 from mae_jax.presets import PRESETS
 
 NARROW = TransformerConfig(width=8, depth=1, heads=2)
@@ -185,3 +194,24 @@ def test_a_preset_builds_and_has_a_work_directory_of_its_own(name):
     config = PRESETS[name]()
     assert isinstance(config, PretrainConfig)
     assert [other for other in PRESETS if PRESETS[other]().workdir == config.workdir] == [name]
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: OptimConfig(base_lr=math.inf), "base_lr inf must be positive and finite"),
+        (lambda: OptimConfig(warmup_epochs=math.inf), "warmup_epochs inf must be finite"),
+        (lambda: AugmentConfig(mean=(math.nan,) * 3), "mean .* must be finite"),
+        (lambda: TransformerConfig(8, 2.5, 2), "depth 2.5 must be a whole number"),
+        (lambda: ModelConfig(image_size=(32, 32, 32)), r"\(32, 32, 32\) is not a side, nor height and width"),
+        (
+            lambda: PretrainConfig(keep_every=1500, save_every=1000),
+            "keep_every 1500 is not a multiple of save_every 1000",
+        ),
+        (lambda: ClassifierConfig(ModelConfig(class_token=False), 10, "class"), "pooling class needs a class token"),
+        (lambda: ClassifierConfig(classes=0), "classes 0"),
+    ],
+)
+def test_nonsense_is_refused_by_name(build, said):
+    with pytest.raises(ValueError, match=said):
+        build()

@@ -112,7 +112,10 @@ def loss_of_all_patches(patch: Patch) -> None:
 
 
 def uneven_masks(patch: Patch) -> None:
-    """A mean of per-example means is another number only where examples hide differently many patches."""
+    """What makes a mean of per-example means another number: examples that hide differently many patches.
+
+    Here every example hides as many as any other, so the two means are one; what can go wrong is the masks.
+    """
     keep_smallest = masking.keep_smallest
 
     def planted(scores, keep):

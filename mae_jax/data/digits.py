@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mae_jax.errors import StatedError
+from mae_jax.errors import NoSuchSplitError
 
 _FILE = Path(__file__).with_name("digits.npz")
 
@@ -19,7 +19,7 @@ class DigitsSource:
     """The digits as uint8 images 0 .. 255, (8, 8, 1) when they become arrays; the only split is `train`.
 
     Raises:
-      StatedError: another split is asked for.
+      NoSuchSplitError: another split is asked for.
     """
 
     in_memory = True
@@ -27,7 +27,7 @@ class DigitsSource:
 
     def __init__(self, mode: str = "L", split: str = "train") -> None:
         if split != "train":
-            raise StatedError(f"digits has no split {split!r}: all of its 1,797 images are the split 'train'")
+            raise NoSuchSplitError(f"digits has no split {split!r}: all of its 1,797 images are the split 'train'")
         with np.load(_FILE) as stored:
             self._images = np.rint(stored["images"] * (255 / 16)).astype(np.uint8)
             self._labels = stored["labels"]

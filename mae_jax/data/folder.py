@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from mae_jax.data.decoding import decode
-from mae_jax.errors import StatedError
+from mae_jax.errors import NoSuchSplitError, StatedError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 
@@ -66,7 +66,7 @@ def _split_folder(root: str, split: str) -> str:
     if os.path.isdir(folder):
         return folder
     if split != "train":
-        raise StatedError(f"data folder:{root} has no split {split!r}: there is no folder {folder}")
+        raise NoSuchSplitError(f"data folder:{root} has no split {split!r}: there is no folder {folder}")
     return root
 
 

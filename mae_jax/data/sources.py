@@ -1,5 +1,6 @@
 """Where images come from: a source by its name."""
 
+import os
 from typing import Protocol, runtime_checkable
 
 from PIL import Image
@@ -31,6 +32,12 @@ class Source(Protocol):
         Raises:
           BrokenImage: it does not decode.
         """
+
+
+def absolute(spec: str) -> str:
+    """The same source from whatever folder it is opened: `folder:photos` becomes `folder:/home/me/photos`."""
+    kind, _, path = spec.partition(":")
+    return f"folder:{os.path.abspath(os.path.expanduser(path))}" if kind == "folder" and path else spec
 
 
 def open_source(spec: str, in_channels: int, split: str = "train") -> Source:

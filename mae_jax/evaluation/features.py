@@ -2,7 +2,7 @@
 
 import contextlib
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -28,13 +28,22 @@ def image_features(
     return tokens[:, 0] if pooling == "class" else tokens[:, int(model.class_token) :].mean(axis=1)
 
 
+class Features(NamedTuple):
+    """Of the images of a source that decode, in its order."""
+
+    values: Float[np.ndarray, "images width"]
+    labels: Int[np.ndarray, " images"]  # -1 where there is no class
+    broken: Int[np.ndarray, " broken"]  # indices of those that do not decode
+
+
 def source_features(
     params: Params, source: Source, model: ModelConfig, augment: AugmentConfig, pooling: Pooling, batch_size: int = 256
-) -> tuple[Float[np.ndarray, "images width"], Int[np.ndarray, " images"]]:
-    """Features and labels of all images of a source that decode."""
-    features, labels = [], []
+) -> Features:
+    """Features and labels of all images of a source."""
+    features, labels, broken = [], [], []
     with contextlib.closing(evaluation_batches(source, model.image_hw, model.in_channels, batch_size)) as batches:
         for batch in batches:
             features.append(np.asarray(image_features(params, batch["image"], model, augment, pooling)))
             labels.append(batch["label"])
-    return np.concatenate(features), np.concatenate(labels)
+            broken.append(batch["broken"])
+    return Features(*map(np.concatenate, (features, labels, broken)))

@@ -34,7 +34,8 @@ def reconstruction_sheet(
             raise StatedError(str(error)) from error
     images = load_images(files, model.image_hw, model.in_channels) if files else _samples(config, seed, samples)
     views = reconstruct(params, images, sample_noise(seed, len(images), model), model, config.augment)
-    return draw(views, f"{config.data}, step {step}, {1 - model.keep / model.num_patches:.1%} of patches hidden")
+    shown = f"{len(files)} files" if files else config.data
+    return draw(views, f"{shown}, step {step}, {1 - model.keep / model.num_patches:.1%} of patches hidden")
 
 
 def _samples(config: PretrainConfig, seed: int, count: int) -> np.ndarray:
@@ -57,4 +58,5 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         os.replace(beside, path)
     except (ValueError, OSError) as error:
         beside.unlink(missing_ok=True)
-        raise StatedError(f"out {path} cannot be written: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise StatedError(f"out {path} cannot be written: {reason}") from error

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from mae_jax.config import PretrainConfig
 from mae_jax.data.sources import Source, open_source
-from mae_jax.errors import StatedError
-from mae_jax.evaluation.features import Pooling, source_features
+from mae_jax.errors import NoSuchSplitError, StatedError
+from mae_jax.evaluation.features import Features, Pooling, source_features
 from mae_jax.train.checkpoint import load_params
 from mae_jax.train.steps import Params, init_state
 
@@ -71,15 +71,28 @@ def knn_accuracy(
 def _validation(config: PretrainConfig, data: str) -> Source | None:
     try:
         return open_source(data, config.model.in_channels, "val")
-    except StatedError:
-        return None  # no such split: images of train are asked of each other
+    except NoSuchSplitError:
+        return None  # images of train are asked of each other
+
+
+def _with_class(found: Features, source: Source, numbers: dict[str, int]) -> Bank:
+    """The images that have a class, numbered by the classes of train.
+
+    Raises:
+      StatedError: a class is not among them.
+    """
+    unknown = [name for name in source.class_names if name not in numbers]
+    if unknown:
+        raise StatedError(f"val has classes that train has not: {', '.join(unknown[:5])}")
+    values, labels = found.values[found.labels >= 0], found.labels[found.labels >= 0]
+    return values, np.array([numbers[name] for name in source.class_names], np.int32)[labels]
 
 
 def compare_with_untrained(run: Path, data: str | None, *, k: int, temperature: float | None, pooling: Pooling) -> str:
     """k-NN accuracy of a run's encoder and of the same encoder with the weights it started from, as a sentence.
 
     Raises:
-      StatedError: there is no such run, its data has no classes, or the model no class token to pool by.
+      StatedError: there is no such run, its data has no two classes, or the model no class token to pool by.
     """
     config, params, step = load_params(run)
     data = data or config.data
@@ -87,17 +100,29 @@ def compare_with_untrained(run: Path, data: str | None, *, k: int, temperature: 
         raise StatedError("pooling class needs a class token, and this model has none; use mean")
     train = open_source(data, config.model.in_channels)
     val = _validation(config, data)
-    if not train.class_names:
+    if len(train.class_names) < 2:
         raise StatedError(f"data {data} has no classes to tell apart; give --data a folder of class folders")
+    numbers = {name: number for number, name in enumerate(train.class_names)}
+    sources = [train] if val is None else [train, val]
 
-    def accuracy(weights: Params) -> float:
-        bank, *queries = (
-            source_features(weights, source, config.model, config.augment, pooling) for source in (train, val) if source
-        )
-        return knn_accuracy(bank, queries[0] if queries else None, k=k, temperature=temperature)
+    def score(weights: Params) -> tuple[float, list[Features], list[Bank]]:
+        found = [source_features(weights, source, config.model, config.augment, pooling) for source in sources]
+        banks = [_with_class(part, source, numbers) for part, source in zip(found, sources, strict=True)]
+        return knn_accuracy(banks[0], banks[1] if val else None, k=k, temperature=temperature), found, banks
 
-    trained, untrained = accuracy(params), accuracy(init_state(config).params)
-    asked = (
-        f"{len(val):,} images of val among {len(train):,}" if val else f"each of {len(train):,} images by the others"
+    trained, found, banks = score(params)
+    untrained, _, _ = score(init_state(config).params)
+    counts = [f"{len(labels):,}" for _, labels in banks]
+    asked = f"{counts[1]} images of val among {counts[0]}" if val else f"each of {counts[0]} images by the others"
+    return f"{k}-NN accuracy, {asked}: {trained:.2%} at step {step}, {untrained:.2%} before training" + _left_out(
+        found, sources
     )
-    return f"{k}-NN accuracy, {asked}: {trained:.2%} at step {step}, {untrained:.2%} before training"
+
+
+def _left_out(found: list[Features], sources: list[Source]) -> str:
+    """A sentence on images that were not asked: those that do not decode, and those without a class."""
+    broken = [source.name(int(i)) for part, source in zip(found, sources, strict=True) for i in part.broken]
+    without = sum(int((part.labels < 0).sum()) for part in found)
+    said = [f"{len(broken)} do not decode ({', '.join(broken[:3])})"] if broken else []
+    said += [f"{without} have no class"] if without else []
+    return f". Left out: {' and '.join(said)}" if said else ""

@@ -50,7 +50,7 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; query, key and value come fused, in this order, with bias.
 
-    Only tokens from `since` on ask, all are asked.
+    Queries are the tokens from `since` on, keys and values all of them.
     """
 
     heads: int

@@ -41,7 +41,7 @@ def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
 
 
 def fingerprint(tree: Any) -> dict[str, int]:
-    """A 32-bit sum of each array's bits, weighted by place: any single changed value changes it."""
+    """A 32-bit sum of each array's bits, weighted by place: a change of any one 32-bit word changes it."""
     paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(tree)[0], strict=True)
     sums = np.asarray(_fingerprints(list(leaves)))
     return {jax.tree_util.keystr(path): int(value) for path, value in zip(paths, sums, strict=True)}
@@ -99,9 +99,9 @@ class Checkpoints:
     Close it, or the save under way is lost.
     """
 
-    def __init__(self, workdir: Path, config: PretrainConfig) -> None:
+    def __init__(self, workdir: Path, config: PretrainConfig, examples: int | None = None) -> None:
         self.folder = workdir / CHECKPOINTS
-        self._config = config
+        self._said = {"config": config_to_dict(config), "examples": examples}
         policies = [checkpoint_managers.LatestN(config.keep)]
         if config.keep_every is not None:
             policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
@@ -126,7 +126,7 @@ class Checkpoints:
         """Start to write a checkpoint; the state may be donated as soon as this returns."""
         if step in self._manager.all_steps():
             return
-        record = {"config": config_to_dict(self._config), "fingerprint": fingerprint(state)}
+        record = self._said | {"fingerprint": fingerprint(state)}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **{RECORD: ocp.args.JsonSave(record)})
         )
@@ -148,7 +148,7 @@ class Checkpoints:
                 warn(f"checkpoint {self.path(step)} is broken and skipped ({broken[-1][1]})")
                 continue
             for bad, _ in broken:
-                self._move_aside(bad)
+                self.move_aside(bad)
             return state
         if broken:
             raise StatedError(
@@ -166,7 +166,9 @@ class Checkpoints:
         _check_fingerprint(restored["state"], restored[RECORD]["fingerprint"])
         return restored["state"]
 
-    def _move_aside(self, step: int) -> None:
+    def move_aside(self, step: int) -> None:
+        """Take a checkpoint out of the run, to lie in broken-checkpoints/."""
+        self._manager.wait_until_finished()
         aside = self.folder.parent / BROKEN
         aside.mkdir(exist_ok=True)
         self.path(step).rename(aside / f"{step}-{len(list(aside.iterdir()))}")
@@ -203,7 +205,7 @@ def load_params(
       StatedError: there is no checkpoint, it cannot be read, or it has no decoder and `part` all asks for one.
     """
     folder = find_checkpoint(run_or_checkpoint)
-    config, recorded = read_record(folder)
+    config, recorded, _ = read_record(folder)
     try:
         kind = "params" if config.optim.ema_decay is None else "average"
         whole = _abstract(

@@ -8,24 +8,27 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from mae_jax import rng
 from mae_jax.config import PretrainConfig
 from mae_jax.data.broken import BrokenFiles
 from mae_jax.data.evaluation import load_samples
 from mae_jax.data.pipeline import TrainingBatch, training_batches
-from mae_jax.data.sources import Source, open_source
+from mae_jax.data.sources import Source, absolute, open_source
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.reconstruction import draw, reconstruct, sample_noise
 from mae_jax.train.checkpoint import Checkpoints
 from mae_jax.train.engines import PmapEngine, choose_devices, pmap_engine
+from mae_jax.train.initial import initial_state
 from mae_jax.train.metrics import RunLog
 from mae_jax.train.signals import StopRequest
-from mae_jax.train.steps import Batch, Metrics, TrainState, init_state, make_step
+from mae_jax.train.steps import Batch, Metrics, Params, TrainState, init_state, make_step
 from mae_jax.train.workdir import claim
 
 PICTURED = 8  # images in the pictures of reconstructions
@@ -88,20 +91,26 @@ def pretrain(config: PretrainConfig) -> Finished:
     Raises:
       StatedError: the run cannot start, a loss or gradient norm is not finite, or too many files do not decode.
     """
+    config = dataclasses.replace(config, data=absolute(config.data))
     source = open_source(config.data, config.model.in_channels)
     length = run_length(config, len(source))
     engine = build_engine(config, length)
-    workdir = claim(config)
+    workdir = claim(config, len(source))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config)))
-        initial = engine.place(init_state(config))
-        state = checkpoints.restore_latest(initial, engine.replicated, warn=lambda text: print(f"WARNING: {text}"))
-        state = initial if state is None else state
-        del initial
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config, len(source))))
+        like = jax.eval_shape(lambda: init_state(config))
+        state = checkpoints.restore_latest(like, engine.replicated, warn=lambda text: print(f"WARNING: {text}"))
+        if state is None:
+            state = engine.place(initial_state(config, say=print))
         start = int(state.step)
         log = stack.enter_context(RunLog(workdir, start, length.steps))
         log.say(describe(config, source, engine, state, length))
+        if config.optim.warmup_epochs > length.epochs:
+            log.say(
+                f"WARNING: optim.warmup_epochs {config.optim.warmup_epochs} is longer than the run's "
+                f"{length.epochs:.4g} epochs: the learning rate never reaches its peak"
+            )
         return Run(config, source, length, engine, checkpoints, log, stop).go(state, start)
 
 
@@ -113,6 +122,26 @@ def describe(config: PretrainConfig, source: Source, engine: PmapEngine, state: 
         f"({length.epochs:.4g} epochs of {len(source):,} images): {count:,} parameters, batch {config.batch_size} "
         f"on {len(engine.devices)} x {engine.devices[0].device_kind}, in {config.workdir}"
     )
+
+
+@dataclasses.dataclass
+class Window:
+    """The steps since the last row of the log: how many, since when, and how long they waited for data."""
+
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    steps: int = 0
+    waited: float = 0.0  # seconds
+
+    def rates(self, batch_size: int) -> dict[str, float]:
+        """Images a second, and the share of the time that went by waiting for data."""
+        seconds = time.perf_counter() - self.began
+        return {"images_per_second": self.steps * batch_size / seconds, "data_wait": self.waited / seconds}
+
+
+@jax.jit
+def all_finite(tree: Params) -> Bool[Array, ""]:
+    """Whether every number of every array is finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 @dataclasses.dataclass
@@ -129,11 +158,12 @@ class Run:
 
     def __post_init__(self) -> None:
         self.broken = BrokenFiles(self.source, self.log.say)
-        self.unread: list[Metrics] = []  # of the steps since the last look, still on the device
-        self.looked = time.perf_counter()
-        self.waited = 0.0  # seconds since the last look that went by waiting for data
-        image_hw = self.config.model.image_hw
-        self.samples = load_samples(self.source, range(len(self.source)), PICTURED, image_hw)
+        self.unread: list[Metrics] = []  # of steps whose numbers were not looked at yet, on the device
+        self.latest: Metrics | None = None  # of the last step looked at
+        self.window = Window()
+        if self.config.reconstruct_every is not None:
+            image_hw = self.config.model.image_hw
+            self.samples = load_samples(self.source, range(len(self.source)), PICTURED, image_hw)
 
     def go(self, state: TrainState, start: int) -> Finished:
         """Run the steps from `start` to the end, or to a stop."""
@@ -147,6 +177,7 @@ class Run:
                 state, metrics = self.engine.step(state, self.engine.put(Batch(batch["image"], batch["position"])))
                 step += 1
                 self.unread.append(metrics)
+                self.window.steps += 1
                 in_flight.append(metrics)
                 if len(in_flight) > self.engine.in_flight:
                     jax.block_until_ready(in_flight.popleft())
@@ -154,58 +185,58 @@ class Run:
                 last = step == self.length.steps or self.stop.signal is not None
                 if step % config.log_every == 0 or last:
                     self._log(step)
+                if step % config.save_every == 0 or last:
+                    self._save(step, state)
+                if self.stop.signal is not None:
+                    break  # whoever stops a run may not wait for a picture
                 if config.reconstruct_every is not None and (step % config.reconstruct_every == 0 or last):
                     self._picture(step, state)
-                if step % config.save_every == 0 or last:
-                    self._check_finite(step)
-                    self.checkpoints.save(step, state)
-                if last:
-                    break
         return Finished(self.checkpoints.folder.parent, step, self.stop.signal if step < self.length.steps else None)
 
     def _timed(self, batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - began
+            self.window.waited += time.perf_counter() - began
             if batch is None:
                 return
             yield batch
 
-    def _check_finite(self, step: int) -> list[Metrics]:
-        """Wait for the steps since the last look, and look at their numbers."""
+    def _check_finite(self, step: int) -> Metrics:
+        """Wait for the steps up to this one, look at their numbers, and give back the last."""
         seen = jax.device_get(self.unread)
         self.unread = []
         for number, metrics in enumerate(seen, step - len(seen) + 1):
-            for name in ("loss", "grad_norm"):
-                value = getattr(metrics, name)
+            for name, value in metrics._asdict().items():
                 if not np.isfinite(value):
-                    raise StatedError(f"{name} is {value} at step {number}. {self._last_good()}")
-        return seen
+                    self._fail(number, f"{name} is {value} at step {number}")
+            self.latest = metrics
+        assert self.latest is not None
+        return self.latest
 
-    def _last_good(self) -> str:
+    def _save(self, step: int, state: TrainState) -> None:
+        """Save what can be gone on from."""
+        self._check_finite(step)
+        if not all_finite(state.params):
+            self._fail(step + 1, f"parameters are not finite after step {step}")
+        self.checkpoints.save(step, state)
+
+    def _fail(self, step: int, reason: str) -> NoReturn:
+        """End the run, which the parameters that went into `step` have ruined: their checkpoint is no good."""
+        for ruined in [saved for saved in self.checkpoints.steps() if saved >= step - 1]:
+            self.checkpoints.move_aside(ruined)
         steps = self.checkpoints.steps()
-        where = (
-            f"The last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "No checkpoint was written"
-        )
-        return (
-            f"{where}. Lower optim.base_lr {self.config.optim.base_lr}, or set optim.clip_norm, in another --workdir."
+        good = f"The last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "No checkpoint is good"
+        raise StatedError(
+            f"{reason}. {good}. Lower optim.base_lr {self.config.optim.base_lr}, or set optim.clip_norm, "
+            "in another --workdir."
         )
 
     def _log(self, step: int) -> None:
-        seen = self._check_finite(step)
-        now = time.perf_counter()
-        seconds = now - self.looked
-        self.log.row(
-            step,
-            {name: float(value) for name, value in seen[-1]._asdict().items()}
-            | {
-                "images_per_second": len(seen) * self.config.batch_size / seconds,
-                "data_wait": self.waited / seconds,
-                "broken_files": self.broken.count,
-            },
-        )
-        self.looked, self.waited = now, 0.0
+        metrics = self._check_finite(step)
+        values = {name: float(value) for name, value in metrics._asdict().items()}
+        self.log.row(step, values | self.window.rates(self.config.batch_size) | {"broken_files": self.broken.count})
+        self.window = Window()
 
     def _picture(self, step: int, state: TrainState) -> None:
         model = self.config.model

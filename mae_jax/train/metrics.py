@@ -11,6 +11,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from mae_jax.errors import StatedError
 from mae_jax.train.workdir import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -21,10 +22,19 @@ SHOWN = {"loss": "loss", "learning_rate": "lr", "images_per_second": "images/s",
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, without a last line that a kill cut short."""
-    file = workdir / METRICS_FILE
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of metrics.jsonl, without a last line that a kill cut short.
+
+    Raises:
+      StatedError: another line is no row.
+    """
+    file, rows = workdir / METRICS_FILE, []
+    for number, line in enumerate(file.read_text().splitlines(keepends=True) if file.exists() else [], 1):
+        if line.endswith("\n"):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise StatedError(f"{file}, line {number}, is not JSON ({error}): mend or remove it") from error
+    return rows
 
 
 class RunLog:

@@ -1,10 +1,11 @@
 """A run's folder: config.json, checkpoints/, metrics.jsonl, tensorboard/, and what is drawn into it."""
 
+import contextlib
 import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dacite
 
@@ -13,7 +14,15 @@ from mae_jax.errors import StatedError
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-RECORD = "record"  # what a checkpoint says of itself: {"config": ..., "fingerprint": ...}
+RECORD = "record"  # what a checkpoint says of itself: {"config": ..., "fingerprint": ..., "examples": ...}
+
+
+class Record(NamedTuple):
+    """What a checkpoint says of itself."""
+
+    config: PretrainConfig
+    fingerprint: dict[str, int]  # of each array
+    examples: int | None  # how many the run's data had; None where there was no run
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -72,14 +81,20 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
     given = Path(run_or_checkpoint).absolute()
     if (given / RECORD).is_dir():
         return given
-    steps = [child for child in (given / CHECKPOINTS).glob("*") if child.name.isdigit() and (child / RECORD).is_dir()]
+    steps = checkpoint_folders(given)
     if not steps:
         raise StatedError(f"{run_or_checkpoint} is neither a run with a checkpoint nor a checkpoint")
-    return max(steps, key=lambda child: int(child.name))
+    return steps[-1]
 
 
-def read_record(checkpoint: Path) -> tuple[PretrainConfig, dict[str, int]]:
-    """The configuration of a checkpoint, and the fingerprint of each of its arrays.
+def checkpoint_folders(workdir: Path) -> list[Path]:
+    """The checkpoints of a run that say what they are, oldest first."""
+    found = [child for child in (workdir / CHECKPOINTS).glob("*") if child.name.isdigit()]
+    return sorted((child for child in found if (child / RECORD).is_dir()), key=lambda child: int(child.name))
+
+
+def read_record(checkpoint: Path) -> Record:
+    """The configuration of a checkpoint, the fingerprint of each of its arrays, and the size of its data.
 
     Raises:
       StatedError: the record is missing or damaged.
@@ -89,7 +104,7 @@ def read_record(checkpoint: Path) -> tuple[PretrainConfig, dict[str, int]]:
         config, fingerprint = record["config"], record["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StatedError(f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}") from error
-    return config_from_dict(config, checkpoint), fingerprint
+    return Record(config_from_dict(config, checkpoint), fingerprint, record.get("examples"))
 
 
 def differences(old: PretrainConfig, new: PretrainConfig) -> list[tuple[str, Any, Any]]:
@@ -105,16 +120,36 @@ def differences(old: PretrainConfig, new: PretrainConfig) -> list[tuple[str, Any
     return [(key, olds[key], news[key]) for key in olds if key not in OPERATIONAL and olds[key] != news[key]]
 
 
-def claim(config: PretrainConfig) -> Path:
-    """Make the run's folder, or go on in it if it was started with the same configuration.
+def _started(workdir: Path) -> tuple[PretrainConfig | None, int | None]:
+    """What the run in a folder was started with, and on how many examples, as far as the folder tells."""
+    records = []
+    for folder in reversed(checkpoint_folders(workdir)):
+        with contextlib.suppress(StatedError):  # a damaged one: restoring will name it
+            records.append(read_record(folder))
+            break
+    examples = records[0].examples if records else None
+    if (workdir / CONFIG_FILE).exists():
+        return read_config(workdir / CONFIG_FILE), examples
+    return records[0].config if records else None, examples
+
+
+def claim(config: PretrainConfig, examples: int | None = None) -> Path:
+    """Make the run's folder, or go on in it if it was started with the same configuration on as many examples
+    (where their number is given).
 
     Raises:
-      StatedError: it was started with another one, or cannot be written to.
+      StatedError: it was started with another one or on other data, or cannot be written to.
     """
     workdir = Path(config.workdir).absolute()
     file = workdir / CONFIG_FILE
-    if file.exists():
-        differing = differences(read_config(file), config)
+    started, had = _started(workdir)
+    if None not in (had, examples) and had != examples:
+        raise StatedError(
+            f"{config.workdir} was started on {had:,} images, and {config.data} has {examples:,} now. "
+            "Bring the data back as it was, or choose another --workdir."
+        )
+    if started is not None:
+        differing = differences(started, config)
         if differing:
             rows = ", ".join(f"{name} {old}" for name, old, _ in differing)
             news = ", ".join(str(new) for _, _, new in differing)
@@ -126,5 +161,7 @@ def claim(config: PretrainConfig) -> Path:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(config_to_dict(config), indent=2) + "\n")
     except OSError as error:
-        raise StatedError(f"workdir {config.workdir} cannot be written to: {error.strerror}") from error
+        raise StatedError(
+            f"workdir {config.workdir} cannot be written to ({error.strerror}): choose another"
+        ) from error
     return workdir

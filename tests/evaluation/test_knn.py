@@ -1,11 +1,18 @@
 """k-nearest neighbours against a plain loop, and against scikit-learn."""
 
+import contextlib
+import dataclasses
+
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_jax.errors import StatedError
-from mae_jax.evaluation.knn import knn_accuracy
+from mae_jax.evaluation.knn import compare_with_untrained, knn_accuracy
+from mae_jax.train.checkpoint import Checkpoints
+from mae_jax.train.steps import init_state
+from tests.train.conftest import TINY
 
 
 def clouds(count, seed, classes=4, width=6):
@@ -79,3 +86,30 @@ def test_k_out_of_range_is_refused(k, others, most):
     queries = clouds(5, seed=2) if others else None
     with pytest.raises(StatedError, match=rf"k {k} is not in 1 \.\. {most}, the number of images"):
         knn_accuracy(clouds(12, seed=1), queries, k=k, temperature=None)
+
+
+def test_classes_go_by_name_in_both_splits(tmp_path):
+    """Though val lacks one of train's; what has no class, or does not decode, is left out and told."""
+    for split, names in {"train": "abc", "val": "bc"}.items():
+        for name in names:
+            for i in range(3):
+                file = tmp_path / split / name / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), {"a": 0, "b": 120, "c": 250}[name] + i).save(file)
+    config = dataclasses.replace(TINY, workdir=str(tmp_path / "run"), data=f"folder:{tmp_path}")
+    state = init_state(config)
+    with contextlib.closing(Checkpoints(tmp_path / "run", config)) as checkpoints:
+        checkpoints.save(1, state)
+
+    def said():
+        return compare_with_untrained(tmp_path / "run", None, k=1, temperature=None, pooling="mean")
+
+    assert said().startswith("1-NN accuracy, 6 images of val among 9: 100.00% at step 1")
+    (tmp_path / "val" / "b" / "0.png").write_bytes(b"nothing")
+    Image.new("L", (8, 8)).save(tmp_path / "train" / "none.png")
+    assert "5 images of val among 9" in said()
+    assert f"Left out: 1 do not decode ({tmp_path}/val/b/0.png) and 1 have no class" in said()
+    (tmp_path / "val" / "d").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "val" / "d" / "0.png")
+    with pytest.raises(StatedError, match="val has classes that train has not: d"):
+        said()

@@ -1,6 +1,7 @@
 """`mae-jax pretrain`, `reconstruct` and `knn` from the outside."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from mae_jax.data.sources import open_source
+from mae_jax.evaluation.features import source_features
+from mae_jax.train.checkpoint import load_params
 
 from .conftest import ROOT, TINY, Run
 
@@ -102,11 +107,30 @@ def test_folder_of_images_with_a_broken_one(run: Run, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(run: Run, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    arguments = ["--steps=30", "--optim.base-lr=1e38", "--optim.warmup-epochs=0", "--save-every=1", "--log-every=10"]
+    # The rate is 0 at the first step, and then ruins the parameters.
+    arguments = ["--steps=30", "--optim.base-lr=1e38", "--optim.warmup-epochs=1", "--save-every=1", "--log-every=10"]
     done = run("pretrain", "digits", *TINY, *arguments, f"--workdir={workdir}")
     assert done.returncode == 1
     assert "is nan at step" in done.stderr or "is inf at step" in done.stderr
-    assert f"The last good checkpoint is {workdir}/checkpoints/" in done.stderr
+    assert f"The last good checkpoint is {workdir}/checkpoints/1." in done.stderr
+    config, params, step = load_params(workdir)
+    assert step == 1
+    found = source_features(params, open_source("digits", 1), config.model, config.augment, "mean")
+    assert np.isfinite(found.values).all()
+
+
+def test_a_warm_up_that_never_ends_is_told(run: Run, tmp_path: Path) -> None:
+    done = run("pretrain", "digits", *TINY, "--steps=1", "--optim.warmup-epochs=3", f"--workdir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert "optim.warmup_epochs 3.0 is longer than the run's" in done.stdout
+
+
+def test_a_relative_folder_is_found_from_anywhere(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (8, 8), 90).save(tmp_path / "grey.png")
+    relative = os.path.relpath(tmp_path, ROOT)  # the commands run in ROOT
+    arguments = ["pretrain", "digits", *TINY, f"--data=folder:{relative}", "--steps=1", f"--workdir={tmp_path}/run"]
+    assert run(*arguments).returncode == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == f"folder:{tmp_path}"
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,22 @@ def test_outputs_and_the_textbook_loss(name):
     np.testing.assert_allclose(out.loss, (errors * counted).sum() / counted.sum(), rtol=rtol)
 
 
+@pytest.mark.parametrize("name", ["plain", "mask tokens, no class token", "loss on all, normalised"])
+def test_recomputed_blocks_have_the_same_gradients(name):
+    """In float64, where another formula would show."""
+    with jax.enable_x64(True):
+        found = []
+        for remat in (False, True):
+            config = dataclasses.replace(PLAIN, **CHANGES[name], dtype="float64", remat=remat)
+            model = MaskedAutoencoder(config)
+            images, noise = inputs(config)
+            params = draw_params(model, images, noise)
+            loss = lambda params, *args, model=model: model.apply({"params": params}, *args).loss  # noqa: E731
+            found.append(jax.jit(jax.grad(loss))(params, images, noise))
+        for once, again in zip(*map(jax.tree.leaves, found), strict=True):
+            np.testing.assert_allclose(again, once, rtol=0, atol=1e-13 * np.abs(once).max())
+
+
 @pytest.mark.parametrize("name", ["plain", "mask tokens, 1 channel"])
 def test_hidden_pixels_do_not_reach_the_prediction(name):
     config = dataclasses.replace(PLAIN, **CHANGES[name])

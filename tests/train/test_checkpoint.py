@@ -117,7 +117,7 @@ def test_saving_a_step_again_changes_nothing(run):
     ("keep", "keep_every", "left"), [(1, None, [7]), (2, None, [6, 7]), (2, 3, [3, 6, 7]), (1, 2, [2, 4, 6, 7])]
 )
 def test_which_checkpoints_are_kept(tmp_path, tiny, keep, keep_every, left):
-    config = tiny(keep=keep, keep_every=keep_every)
+    config = tiny(keep=keep, keep_every=keep_every, save_every=1)
     with contextlib.closing(Checkpoints(tmp_path, config)) as checkpoints:
         for step in range(1, 8):
             checkpoints.save(step, {"step": jnp.int32(step)})

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from mae_jax.errors import StatedError
 from mae_jax.train.metrics import EVENTS, METRICS_FILE, RunLog, read_metrics
 
 
@@ -76,3 +77,9 @@ def test_an_empty_log_has_neither(tmp_path, name):
     with RunLog(tmp_path, 0, 2):
         pass
     assert all(name.encode() not in file.read_bytes() for file in (tmp_path / EVENTS).iterdir())
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    (tmp_path / METRICS_FILE).write_text('{"step": 1}\ngarbage\n')
+    with pytest.raises(StatedError, match=r"metrics.jsonl, line 2, is not JSON .*: mend or remove it"):
+        read_metrics(tmp_path)

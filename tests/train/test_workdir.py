@@ -1,5 +1,6 @@
 """A run's folder: the configuration comes back as it was, and another one is refused."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from mae_jax.config import OPERATIONAL, ModelConfig, OptimConfig, PretrainConfig, TransformerConfig
 from mae_jax.errors import StatedError
 from mae_jax.presets import PRESETS
+from mae_jax.train.checkpoint import Checkpoints
 from mae_jax.train.workdir import (
     CONFIG_FILE,
     claim,
@@ -109,9 +111,23 @@ def test_a_run_started_otherwise_is_refused_with_both_values(tmp_path):
     assert read_config(tmp_path / CONFIG_FILE) == config
 
 
+def test_checkpoints_tell_what_a_run_was_started_with(tmp_path, tiny, begin):
+    """Also where config.json is gone; and on how many images."""
+    config = dataclasses.replace(tiny(), workdir=str(tmp_path))
+    claim(config, 36)
+    with contextlib.closing(Checkpoints(tmp_path, config, 36)) as checkpoints:
+        checkpoints.save(3, begin(config))
+    (tmp_path / CONFIG_FILE).unlink()
+    with pytest.raises(StatedError, match="started with seed 0; this command says 9"):
+        claim(changed(config, seed=9), 36)
+    with pytest.raises(StatedError, match="started on 36 images, and digits has 35 now"):
+        claim(config, 35)
+    claim(config, 36)
+
+
 def test_how_a_run_goes_may_change(tmp_path):
     other = {
-        "devices": 4, "workers": 0, "log_every": 7, "save_every": 8, "keep": 9, "keep_every": 10,
+        "devices": 4, "workers": 0, "log_every": 7, "save_every": 5, "keep": 9, "keep_every": 10,
         "reconstruct_every": None,
     }  # fmt: skip
     # Of `engine` there is but one; `workdir` may be a folder that was moved.

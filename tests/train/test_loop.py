@@ -1,0 +1,34 @@
+"""What happens between steps, seen from inside."""
+
+import dataclasses
+import json
+
+from mae_jax.train import loop
+
+
+def test_a_row_counts_all_of_its_steps(tiny, tmp_path, monkeypatch):
+    """Also those before a checkpoint that falls between two rows."""
+    monkeypatch.setattr(loop.Window, "rates", lambda window, batch_size: {"counted": window.steps * batch_size})
+    config = dataclasses.replace(
+        tiny(), steps=6, log_every=3, save_every=2, reconstruct_every=None, devices=1, workers=0,
+        workdir=str(tmp_path / "run"),
+    )  # fmt: skip
+    loop.pretrain(config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["counted"]) for row in rows] == [(3, 48), (6, 48)]
+
+
+def test_a_stopped_run_draws_no_picture(tiny, tmp_path, monkeypatch):
+    """Whoever stops it waits for the checkpoint alone."""
+    drawn = []
+    monkeypatch.setattr(loop.Run, "_picture", lambda run, step, state: drawn.append(step))
+    monkeypatch.setattr(loop.StopRequest, "signal", loop.signal.SIGTERM, raising=False)
+    monkeypatch.setattr(loop.StopRequest, "__init__", lambda stop: None)
+    monkeypatch.setattr(loop.StopRequest, "__enter__", lambda stop: stop)
+    monkeypatch.setattr(loop.StopRequest, "__exit__", lambda stop, *error: None)
+    config = dataclasses.replace(
+        tiny(), steps=6, reconstruct_every=1, devices=1, workers=0, workdir=str(tmp_path / "run")
+    )
+    assert loop.pretrain(config).step == 1
+    assert drawn == []
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
