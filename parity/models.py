@@ -12,14 +12,6 @@ SMALL = {
         decoder=TransformerConfig(width=24, depth=2, heads=3),
         norm_pix_loss=True,
     ),
-    # Square, as every other library wants it.
-    "tiny_square": ModelConfig(
-        image_size=32,
-        patch_size=8,
-        encoder=TransformerConfig(width=32, depth=2, heads=2),
-        decoder=TransformerConfig(width=24, depth=2, heads=3),
-        norm_pix_loss=True,
-    ),
     # The paper's alternatives.
     "tiny_ablations": ModelConfig(
         image_size=(16, 24),
@@ -34,4 +26,14 @@ SMALL = {
         encoder_mask_tokens=True,
     ),
 }
-MODELS = SMALL | config.MODELS
+SQUARE = {
+    # Of a shape that every other library has.
+    "tiny_square": ModelConfig(
+        image_size=32,
+        patch_size=8,
+        encoder=TransformerConfig(width=32, depth=2, heads=2),
+        decoder=TransformerConfig(width=24, depth=2, heads=3),
+        norm_pix_loss=True,
+    ),
+}
+MODELS = SMALL | SQUARE | config.MODELS

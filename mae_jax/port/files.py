@@ -8,8 +8,10 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,7 +91,8 @@ def _read_torch(path: Path, zipped: bool) -> Contents:
     torch = import_torch(f"to read {path}")
     try:
         # A namespace of arguments is all that the authors' files hold beside tensors and plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise StatedError(_unpickling_refused(torch, path, error)) from error
@@ -112,10 +115,10 @@ def _read_torch(path: Path, zipped: bool) -> Contents:
 def _unpickling_refused(torch: Any, path: Path, error: Exception) -> str:
     try:
         named = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"})
-    except Exception:  # not the format with a table of contents, or damaged as well
-        named = []
-    if not named and "GLOBAL" not in str(error) and "global" not in str(error):
-        return f"{path} is damaged, cut short or not a PyTorch checkpoint: {str(error).splitlines()[0][:200]}"
+    except Exception:  # the format before torch 1.6, or damaged as well
+        named = re.findall(r"GLOBAL (\S+)", str(error))
+    if not named and "truncated" in str(error):
+        return f"{path} is cut short: {error}"
     names = f" (it names {', '.join(named)})" if named else ""
     return (
         f"{path} could run code when it is opened{names}, and is not read. "

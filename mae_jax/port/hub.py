@@ -1,5 +1,6 @@
 """Checkpoints on the Hugging Face hub, through its own library."""
 
+import logging
 from pathlib import Path
 
 from mae_jax.errors import StatedError
@@ -34,12 +35,18 @@ def download(repository: str) -> Path:
         except EntryNotFoundError:
             return None
 
+    # Its retries are told to the log, line by line; what came of them is said below.
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         files = [file for name in _WANTED if (file := fetch(name))]
         weights = next((file for name in _WEIGHTS if (file := fetch(name))), None)
     except Exception as error:  # whatever its network layers raise
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise StatedError(f"hf:{repository} cannot be downloaded ({reason}). {by_hand}") from error
+    finally:
+        logger.setLevel(level)
     if weights is None:
         raise StatedError(f"hf:{repository} has neither {' nor '.join(_WEIGHTS)} (it has: {len(files)} of {_WANTED})")
     return weights.parent

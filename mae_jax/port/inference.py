@@ -49,22 +49,19 @@ def infer_config(tensors: Mapping[str, np.ndarray], hints: Hints, dtype: Dtype) 
     width, channels, *patch_hw = _shape(tensors, "patch_embed.proj.weight", 4)
     class_token = "cls_token" in tensors
     rows = _shape(tensors, "pos_embed", 3)[1]
-    decoder = ModelConfig().decoder
+    widths = {"encoder": width}
     if "decoder_embed.weight" in tensors:
-        decoder_width = _shape(tensors, "decoder_embed.weight", 2)[0]
-        decoder = _stack(
-            tensors,
-            "decoder_blocks",
-            decoder_width,
-            hints.decoder_heads or _DECODER_HEADS.get(decoder_width),
-            "decoder",
-        )
+        widths["decoder"] = _shape(tensors, "decoder_embed.weight", 2)[0]
+    heads = _heads(widths, hints)
+    decoder = (
+        _stack(tensors, "decoder", widths["decoder"], heads["decoder"]) if "decoder" in widths else ModelConfig.decoder
+    )
     try:
         model = ModelConfig(
             image_size=_image_size(rows - class_token, (patch_hw[0], patch_hw[1]), hints.image_size),
             patch_size=patch_hw[0] if patch_hw[0] == patch_hw[1] else (patch_hw[0], patch_hw[1]),
             in_channels=channels,
-            encoder=_stack(tensors, "blocks", width, hints.encoder_heads or _ENCODER_HEADS.get(width), "encoder"),
+            encoder=_stack(tensors, "encoder", width, heads["encoder"]),
             decoder=decoder,
             class_token=class_token,
             positions="learned",
@@ -89,16 +86,32 @@ def _shape(tensors: Mapping[str, np.ndarray], key: str, dimensions: int) -> tupl
     return shape
 
 
-def _stack(tensors: Mapping[str, np.ndarray], key: str, width: int, heads: int | None, name: str) -> TransformerConfig:
+def _heads(widths: Mapping[str, int], hints: Hints) -> dict[str, int]:
+    """Heads of each stack: as said, or those of the published width.
+
+    Raises:
+      StatedError: neither is known; the flags to give them by are named.
+    """
+    known = {
+        "encoder": hints.encoder_heads or _ENCODER_HEADS.get(widths["encoder"]),
+        "decoder": hints.decoder_heads or _DECODER_HEADS.get(widths.get("decoder", 0)),
+    }
+    unknown = [stack for stack in widths if known[stack] is None]
+    if unknown:
+        flags = " and ".join(f"--{stack}-heads (width {widths[stack]})" for stack in unknown)
+        names = ", ".join(f"{stack}_heads=" for stack in unknown)
+        raise StatedError(
+            f"heads are in no tensor, and this width is of no published model: give {flags}; in Python {names}"
+        )
+    return {stack: heads for stack, heads in known.items() if heads is not None}
+
+
+def _stack(tensors: Mapping[str, np.ndarray], name: str, width: int, heads: int) -> TransformerConfig:
+    key = "blocks" if name == "encoder" else "decoder_blocks"
     depth = 0
-    while f"{key}.{depth}.norm1.weight" in tensors:
+    while any(f"{key}.{depth}.{module}.weight" in tensors for module in ("norm1", "mlp.fc1")):
         depth += 1
     hidden = _shape(tensors, f"{key}.0.mlp.fc1.weight", 2)[0]
-    if heads is None:
-        raise StatedError(
-            f"{name} heads are in no tensor, and width {width} is of no published model: give --{name}-heads "
-            f"(in Python, {name}_heads=)"
-        )
     try:
         return TransformerConfig(width, depth, heads, hidden / width)
     except ValueError as error:

@@ -144,9 +144,9 @@ def written(name: Name) -> Layout:
     }[name]
 
 
-# One key of each part, which tells the layouts apart.
-_SIGNATURE = (PATCH_PROJECTION, "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight")
-_DECODER_SIGNATURE = ("decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight", "decoder_blocks.0.norm1.weight")
+# Keys that tell the layouts apart; each has several in a block, so that one that is missing can still be named.
+_SIGNATURE = tuple(f"blocks.0.{module}.weight" for module in ("norm1", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+_DECODER_SIGNATURE = ("decoder_embed.weight", *(f"decoder_{key}" for key in _SIGNATURE))
 
 
 def detect(keys: Iterable[str]) -> tuple[Layout, str] | None:
@@ -162,7 +162,7 @@ def detect(keys: Iterable[str]) -> tuple[Layout, str] | None:
                 all(prefix + name in names for name in layout.rename(key)) for key in (*_SIGNATURE, *_DECODER_SIGNATURE)
             ]
             score = sum(found)
-            if all(found[: len(_SIGNATURE)]) and (best is None or score > best[0]):
+            if any(found[: len(_SIGNATURE)]) and (best is None or score > best[0]):
                 best = score, layout, prefix
     return None if best is None else best[1:]
 

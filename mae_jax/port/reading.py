@@ -165,8 +165,12 @@ def _named(tensors: Tensors, layout: Layout) -> Tensors:
     ]
     for blocks in ("blocks", "decoder_blocks"):
         depth = 0
-        while layout.rename(f"{blocks}.{depth}.norm1.weight")[0] in tensors:
-            keys += [f"{blocks}.{depth}.norm1.weight", f"{blocks}.{depth}.mlp.fc1.weight"]
+        while found := [
+            key
+            for key in (f"{blocks}.{depth}.norm1.weight", f"{blocks}.{depth}.mlp.fc1.weight")
+            if layout.rename(key)[0] in tensors
+        ]:
+            keys += found
             depth += 1
     return {key: tensors[layout.rename(key)[0]] for key in keys if layout.rename(key)[0] in tensors}
 

@@ -182,15 +182,18 @@ class Run:
                 if len(in_flight) > self.engine.in_flight:
                     jax.block_until_ready(in_flight.popleft())
                 self.log.step_done()
-                last = step == self.length.steps or self.stop.signal is not None
+                stopped = self.stop.signal is not None  # asked once: it may come at any moment
+                last = step == self.length.steps or stopped
                 if step % config.log_every == 0 or last:
                     self._log(step)
                 if step % config.save_every == 0 or last:
                     self._save(step, state)
-                if self.stop.signal is not None:
-                    break  # whoever stops a run may not wait for a picture
-                if config.reconstruct_every is not None and (step % config.reconstruct_every == 0 or last):
-                    self._picture(step, state)
+                # Whoever stops a run may not wait for a picture.
+                if config.reconstruct_every is not None and not stopped:
+                    if step % config.reconstruct_every == 0 or last:
+                        self._picture(step, state)
+                if last:
+                    break
         return Finished(self.checkpoints.folder.parent, step, self.stop.signal if step < self.length.steps else None)
 
     def _timed(self, batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:

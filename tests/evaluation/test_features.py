@@ -46,8 +46,9 @@ def test_pooling(class_token):
 
 def test_every_image_of_a_source_once_and_in_order():
     source, params = DigitsSource(), draw_params(CONFIG)
-    features, labels = source_features(params, source, CONFIG, AUGMENT, "mean", batch_size=512)
+    features, labels, broken = source_features(params, source, CONFIG, AUGMENT, "mean", batch_size=512)
     assert features.shape == (1797, 16)
+    assert broken.size == 0
     assert labels.tolist() == [source.label(index) for index in range(1797)]
     one = np.asarray(source.load(1000))[None, ..., None]
     expected = image_features(params, one, CONFIG, AUGMENT, "mean")
