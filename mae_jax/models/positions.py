@@ -53,7 +53,9 @@ def fixed_positions(kind: str, width: int, grid: tuple[int, int], class_token: b
     return np.concatenate([np.zeros((int(class_token), width)), table]).astype(np.float32)
 
 
-def resize_positions(table: Table, old: tuple[int, int], new: tuple[int, int], class_token: bool) -> Table:
+def resize_positions(
+    table: Table, old: tuple[int, int], new: tuple[int, int], class_token: bool
+) -> Float[np.ndarray, "resized width"]:
     """A learned table for another grid of patches: bicubic, the class token's row as it is.
 
     The kernel is PyTorch's (Keys 1981 with a = -0.75, edges repeated, no antialiasing), as the authors resize for

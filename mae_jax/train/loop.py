@@ -188,10 +188,8 @@ class Run:
                     self._log(step)
                 if step % config.save_every == 0 or last:
                     self._save(step, state)
-                # Whoever stops a run may not wait for a picture.
-                if config.reconstruct_every is not None and not stopped:
-                    if step % config.reconstruct_every == 0 or last:
-                        self._picture(step, state)
+                if self._is_pictured(step, last) and not stopped:  # whoever stops a run may not wait for it
+                    self._picture(step, state)
                 if last:
                     break
         return Finished(self.checkpoints.folder.parent, step, self.stop.signal if step < self.length.steps else None)
@@ -240,6 +238,10 @@ class Run:
         values = {name: float(value) for name, value in metrics._asdict().items()}
         self.log.row(step, values | self.window.rates(self.config.batch_size) | {"broken_files": self.broken.count})
         self.window = Window()
+
+    def _is_pictured(self, step: int, last: bool) -> bool:
+        every = self.config.reconstruct_every
+        return every is not None and (last or step % every == 0)
 
     def _picture(self, step: int, state: TrainState) -> None:
         model = self.config.model

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from mae_jax.models.positions import fixed_positions, sincos1d, sincos2d
+from mae_jax.models.positions import fixed_positions, resize_positions, sincos1d, sincos2d
 
 sin, cos = math.sin, math.cos
 
@@ -73,3 +74,20 @@ def test_widths_that_do_not_divide_are_refused():
         sincos1d(9, 4)
     with pytest.raises(ValueError, match="'learned' are not frozen"):
         fixed_positions("learned", 8, (2, 2), True)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(("old", "new"), [((4, 4), (6, 6)), ((14, 14), (28, 28)), ((6, 5), (3, 7)), ((3, 1), (1, 2))])
+def test_a_resized_table_is_pytorchs(old, new, class_token):
+    """Bicubic without antialiasing, as the authors' fine-tuning resizes; the class token's row stays."""
+    table = np.random.default_rng(0).standard_normal((old[0] * old[1] + class_token, 8))
+    found = resize_positions(table, old, new, class_token)
+    grid = torch.from_numpy(table[int(class_token) :].reshape(1, *old, 8)).movedim(-1, 1)
+    expected = torch.nn.functional.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    np.testing.assert_allclose(found[int(class_token) :], expected[0].flatten(1).T, atol=1e-12)
+    np.testing.assert_array_equal(found[: int(class_token)], table[: int(class_token)])
+
+
+def test_the_same_grid_is_left_as_it_is():
+    table = np.random.default_rng(0).standard_normal((17, 8)).astype(np.float32)
+    np.testing.assert_array_equal(resize_positions(table, (4, 4), (4, 4), True), table)

@@ -1,0 +1,236 @@
+"""JAX to a format and back is exact to the bit; half the bits give the rounded values."""
+
+import argparse
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import mae_jax
+from mae_jax.config import MODELS, ModelConfig
+from mae_jax.errors import StatedError
+from mae_jax.models.positions import resize_positions
+from mae_jax.port.inference import Hints
+from mae_jax.port.keys import to_fair
+from mae_jax.port.layouts import LAYOUTS, to_layout
+from mae_jax.port.reading import read_weights
+from mae_jax.train.checkpoint import load_params
+
+from .conftest import CLASSIFIERS, ODD, TINY, draw_params
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "fair_tiny" / "checkpoint.pth"
+FORMATS = ("fair", "timm", "huggingface", "lightly", "lightly-deprecated", "jax")
+
+
+def same(ours, again):
+    assert jax.tree.structure(ours) == jax.tree.structure(again)
+    return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (ours, again)), strict=True))
+
+
+def reread(path, to, config):
+    if to == "jax":
+        run, params, _ = load_params(path)
+        return run.model, params
+    size = config.image_size if isinstance(config.image_size, tuple) else None
+    return mae_jax.load_torch(
+        path,
+        encoder_heads=config.encoder.heads,
+        decoder_heads=config.decoder.heads,
+        source_image_size=size,
+        mask_ratio=config.mask_ratio,
+        norm_pix_loss=config.norm_pix_loss,
+    )
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("config", [TINY, ODD], ids=["tiny", "odd"])
+def test_there_and_back(tmp_path, to, config):
+    params = draw_params(config)
+    written = mae_jax.save_torch(params, config, tmp_path / "there", layout=to)
+    found, again = reread(written, to, config)
+    kept = {"encoder": params["encoder"]} if to == "timm" else params
+    assert same(kept, again)
+    assert found == (replace(config, decoder=ModelConfig.decoder) if to == "timm" else config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", FORMATS)
+def test_base_there_and_back(tmp_path, to):
+    config = replace(MODELS["vit_base_patch16"], norm_pix_loss=True)
+    params = draw_params(config)
+    found, again = reread(mae_jax.save_torch(params, config, tmp_path / "there", layout=to), to, config)
+    assert same({"encoder": params["encoder"]} if to == "timm" else params, again)
+    assert found == config
+    shutil.rmtree(tmp_path)  # hundreds of megabytes
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_an_encoder_there_and_back(tmp_path, to):
+    params = draw_params(TINY)
+    written = mae_jax.save_torch(params, TINY, tmp_path / "there", layout=to, part="encoder")
+    assert same({"encoder": params["encoder"]}, reread(written, to, TINY)[1])
+
+
+@pytest.mark.parametrize("to", ["fair", "timm"])
+@pytest.mark.parametrize("pooling", CLASSIFIERS)
+def test_a_classifier_there_and_back(tmp_path, to, pooling):
+    config = CLASSIFIERS[pooling]
+    params = draw_params(config)
+    file = mae_jax.save_torch(params, config, tmp_path / "f.pth", layout=to)
+    found, again = mae_jax.load_torch(file, encoder_heads=3)
+    assert (found.classes, found.pooling) == (7, pooling)
+    assert same(params, again)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos1d"])
+def test_timm_takes_any_positions_and_shapes(tmp_path, positions):
+    config = replace(TINY, positions=positions, class_token=False, image_size=(32, 48), patch_size=(4, 8))
+    params = draw_params(config)
+    file = mae_jax.save_torch(params, config, tmp_path / "f.safetensors", layout="timm")
+    found, again = reread(file, "timm", config)
+    assert same({"encoder": params["encoder"]}, again)
+    assert (found.positions, found.class_token, found.grid) == (positions, False, (8, 6))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_smaller_files_hold_the_rounded_values(tmp_path, dtype, suffix):
+    params = draw_params(TINY)
+    file = mae_jax.save_torch(params, TINY, tmp_path / f"f{suffix}", layout="lightly", dtype=dtype)
+    found, again = reread(file, "lightly", TINY)
+    rounding = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    assert same(jax.tree.map(lambda values: values.astype(rounding).astype(np.float32), params), again)
+    assert found == TINY
+    assert file.stat().st_size < 0.7 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def test_the_authors_checkpoint(tmp_path):
+    """Read with nothing but its heads given, and written back to the same tensors."""
+    config, params = mae_jax.load_torch(GOLDEN, encoder_heads=3, decoder_heads=4)
+    assert (config.image_size, config.patch_size, config.positions) == (32, 8, "sincos2d")
+    mae_jax.save_torch(params, config, tmp_path / "again.pth", layout="fair")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        before = torch.load(GOLDEN, weights_only=True)["model"]
+    after = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], values) for key, values in before.items())
+    # Nothing has to be given any more.
+    assert mae_jax.load_torch(tmp_path / "again.pth")[0] == config
+
+
+WRAPPINGS = {"ddp": ("module.", "model"), "lightning": ("net.", "state_dict"), "timm training": ("", "state_dict")}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPINGS)
+@pytest.mark.parametrize("index", range(len(LAYOUTS)))
+def test_every_spelling_in_every_wrapping(tmp_path, index, wrapped):
+    params = draw_params(TINY)
+    prefix, key = WRAPPINGS[wrapped]
+    there = to_layout(to_fair(params, TINY), LAYOUTS[index])
+    state = {prefix + name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in there.items()}
+    torch.save({key: state, "epoch": 7}, tmp_path / "f.ckpt")
+    weights = read_weights(tmp_path / "f.ckpt", Hints(3, 4))
+    assert same(params, weights.params)
+    assert "left out: epoch" in weights.notes
+
+
+def test_tensors_of_other_modules_are_left_out_and_told(tmp_path):
+    there = to_layout(to_fair(draw_params(TINY), TINY), LAYOUTS[1])
+    state = {f"model.{name}": torch.from_numpy(np.ascontiguousarray(values)) for name, values in there.items()}
+    others = {"ema.decay": 1, "model.online_classifier.weight": 2, "model.backbone.mask_token": 3}
+    torch.save({"state_dict": state | {name: torch.zeros(size) for name, size in others.items()}}, tmp_path / "f.ckpt")
+    weights = read_weights(tmp_path / "f.ckpt", Hints(3, 4))
+    told = next(note for note in weights.notes if "does not use" in note)
+    assert all(name.removeprefix("model.") in told for name in others)
+
+
+def test_a_linear_probe_is_one_product(tmp_path):
+    """BatchNorm without affine parameters, in front of the head, is folded into it."""
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.nn.BatchNorm1d(48, affine=False, eps=1e-6).eval()
+    norm.running_mean.normal_(generator=generator)
+    norm.running_var.uniform_(0.5, 2, generator=generator)
+    head = torch.nn.Sequential(norm, torch.nn.Linear(48, 7))
+    params = draw_params(CLASSIFIERS["class"])
+    state = {
+        key: torch.from_numpy(np.ascontiguousarray(values))
+        for key, values in to_fair(params, CLASSIFIERS["class"]).items()
+        if not key.startswith("head")
+    }
+    state |= {f"head.{key}": values for key, values in head.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "probe.pth")
+    config, params = mae_jax.load_torch(tmp_path / "probe.pth", encoder_heads=3)
+    assert config.pooling == "class"
+    x = torch.randn(5, 48, generator=generator)
+    ours = x.numpy() @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
+    np.testing.assert_allclose(ours, head(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["sincos2d", "learned"])
+def test_another_image_size(tmp_path, positions):
+    config = replace(TINY, positions=positions)
+    params = draw_params(config)
+    file = mae_jax.save_torch(params, config, tmp_path / "f.pth", layout="fair")
+    weights = read_weights(file, image_size=(48, 32))
+    assert weights.config == replace(config, image_size=(48, 32))
+    told = weights.notes[-1]
+    if positions == "sincos2d":
+        assert "sin-cos positions are recomputed from 4 x 4 to 6 x 4 patches" in told
+        assert same(params, weights.params)
+    else:
+        assert "learned positions are resized (bicubic) from 4 x 4 to 6 x 4 patches" in told
+        table = weights.params["decoder"]["pos_embed"]
+        expected = resize_positions(params["decoder"]["pos_embed"][0], (4, 4), (6, 4), True)
+        np.testing.assert_array_equal(table[0], expected)
+    with pytest.raises(StatedError, match="image_size 33 is not a multiple of patch_size 8"):
+        read_weights(file, image_size=33)
+
+
+def test_float64_needs_to_be_switched_on(tmp_path):
+    with pytest.raises(StatedError, match="jax_enable_x64"):
+        mae_jax.load_torch(GOLDEN, encoder_heads=3, decoder_heads=4, dtype="float64")
+    with jax.enable_x64(True):
+        config, params = mae_jax.load_torch(GOLDEN, encoder_heads=3, decoder_heads=4, dtype="float64")
+    assert config.dtype == "float64"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float64"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "to", "part", "said"),
+    [
+        ({"positions": "sincos1d"}, "huggingface", "all", "positions sincos1d"),
+        ({"class_token": False}, "huggingface", "encoder", "class_token False"),
+        ({"class_token": False}, "fair", "all", "class_token False"),
+        ({"patch_size": (8, 4)}, "huggingface", "all", r"patch_size \(8, 4\) is not square"),
+        ({"image_size": (32, 48)}, "lightly", "all", r"image_size \(32, 48\) is not square"),
+        ({"encoder_mask_tokens": True}, "fair", "all", "encoder_mask_tokens True"),
+    ],
+)
+def test_what_a_format_cannot_express_is_refused(tmp_path, changes, to, part, said):
+    config = replace(TINY, **changes)
+    with pytest.raises(StatedError, match=f"{to} cannot express this model: .*{said}"):
+        mae_jax.save_torch(draw_params(config), config, tmp_path / "there", layout=to, part=part)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "said"),
+    [
+        ("f.safetensors", "fair", "fair cannot be a .safetensors file"),
+        ("f.pth", "huggingface", "huggingface is a folder, not a .pth file"),
+    ],
+)
+def test_endings_say_what_a_file_is(tmp_path, name, to, said):
+    with pytest.raises(StatedError, match=said):
+        mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / name, layout=to)
+
+
+def test_parameters_of_another_model_are_listed(tmp_path):
+    with pytest.raises(StatedError, match="decoder/block_0/norm1/scale is missing"):
+        mae_jax.save_torch({"encoder": draw_params(TINY)["encoder"]}, TINY, tmp_path / "f.pth", layout="fair")
+    assert list(tmp_path.iterdir()) == []
