@@ -47,7 +47,8 @@ def test_logits_and_gradients(name):
             return (ours * weight.numpy()).sum(), ours
 
         (_, ours), gradients = jax.jit(jax.value_and_grad(along, has_aux=True))(params)
-    np.testing.assert_allclose(ours, logits.detach().numpy(), rtol=0, atol=1e-13 * np.abs(logits.detach()).max())
+    logits = logits.detach().numpy()
+    np.testing.assert_allclose(ours, logits, rtol=0, atol=1e-13 * np.abs(logits).max())
     expected = from_fair({entry.key: theirs.get_parameter(entry.key).grad.numpy() for entry in entries(config)}, config)
     for found, wanted in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 * np.abs(wanted).max())
