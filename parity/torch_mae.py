@@ -91,7 +91,7 @@ def positions(config: ModelConfig, width: int) -> Float[Tensor, "1 tokens width"
     else:
         table = torch.zeros(config.num_patches, width)
     if config.class_token:
-        table = torch.cat([torch.zeros(1, width), table])
+        table = torch.cat([table.new_zeros(1, width), table])
     return table[None]
 
 

@@ -263,7 +263,7 @@ def lightly(config: ModelConfig, part: Part, deprecated: bool, path: Path | None
         module.prediction_head = torch.nn.Linear(decoder.width, config.patch_dim)
     if path is not None:
         try:
-            module.load_state_dict(as_torch(read_file(path).tensors), strict=True)
+            module.load_state_dict(as_torch(read_file(path).tensors), strict=True, assign=True)
         except RuntimeError as error:
             raise StatedError(f"lightly does not take {path}: {error}") from error
     module = module.float().eval()
@@ -324,17 +324,19 @@ def reference(config: Config, part: Part, tensors: Mapping[str, Any]) -> Receive
     from parity import torch_mae  # noqa: PLC0415
 
     module: torch_mae.MaskedAutoencoder | torch_mae.Classifier
-    if isinstance(config, ClassifierConfig):
-        module = torch_mae.Classifier(config)
-    else:
-        module = torch_mae.MaskedAutoencoder(config)
-        if part == "encoder":
-            for name in [name for name, _ in module.named_children() if name.startswith("decoder")]:
-                delattr(module, name)
-            for name in ("mask_token", "decoder_pos_embed"):
-                delattr(module, name)
+    with torch.device("meta"):  # no memory for weights that are replaced at once
+        module = (
+            torch_mae.Classifier(config)
+            if isinstance(config, ClassifierConfig)
+            else torch_mae.MaskedAutoencoder(config)
+        )
+    if isinstance(module, torch_mae.MaskedAutoencoder) and part == "encoder":
+        for name in [name for name, _ in module.named_children() if name.startswith("decoder")]:
+            delattr(module, name)
+        for name in ("mask_token", "decoder_pos_embed"):
+            delattr(module, name)
     try:
-        module.load_state_dict(as_torch(tensors), strict=True)
+        module.load_state_dict(as_torch(tensors), strict=True, assign=True)
     except RuntimeError as error:
         raise StatedError(f"the reference does not take the tensors: {error}") from error
     module = module.float().eval()
