@@ -147,6 +147,8 @@ def port(
 
     # As Ctrl-C does: what is half written is removed on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if (Path(source) / "checkpoints").is_dir() or (Path(source) / "record").is_dir():
+        _prepare_jax(_precision(Path(source)))
     hints = Hints(encoder_heads, decoder_heads, source_image_size, mask_ratio, norm_pix_loss)
     port(source, destination, to, part=part, hints=hints, image_size=image_size, dtype=dtype, check=verify, force=force)
     return 0

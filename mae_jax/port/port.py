@@ -72,5 +72,8 @@ def describe(weights: Weights) -> str:
     if isinstance(config, ModelConfig) and weights.part == "all":
         stacks.append(("decoder", model.decoder))
     sizes = ", ".join(f"{name} {stack.width} wide, {stack.depth} deep, {stack.heads} heads" for name, stack in stacks)
-    head = "" if isinstance(config, ModelConfig) else f", {config.classes} classes from the {config.pooling} token"
+    head = ""
+    if not isinstance(config, ModelConfig):
+        pooled = "mean of the patches" if config.pooling == "mean" else "class token"
+        head = f", {config.classes} classes from the {pooled}"
     return f"image {model.image_size}, patch {model.patch_size}, {sizes}, positions {model.positions}{head}"

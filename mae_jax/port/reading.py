@@ -102,7 +102,10 @@ def _from_run(path: Path, hints: Hints) -> Weights:
 
 
 def _from_torch(path: Path, hints: Hints, dtype: Dtype) -> Weights:
-    contents, beside = _read_folder(path) if path.is_dir() else (read_file(path), {})
+    if path.is_dir():
+        contents, beside = _read_folder(path)
+    else:
+        contents, beside = read_file(path), _said_in(path.parent) if path.name in _WEIGHT_FILES else {}
     found = detect(contents.tensors)
     if found is None:
         keys = ", ".join(list(contents.tensors)[:4])
@@ -191,8 +194,7 @@ def _unprobed(tensors: Tensors, notes: list[str]) -> Tensors:
 
 def _read_folder(folder: Path) -> tuple[Contents, dict[str, Any]]:
     """The weights in a folder, and what its config.json and preprocessor_config.json say."""
-    said = {name: _read_json(folder / name) for name in ("config.json", "preprocessor_config.json")}
-    beside = said["config.json"] | {"preprocessor": said["preprocessor_config.json"]}
+    beside = _said_in(folder)
     for name in _WEIGHT_FILES:
         if (folder / name).is_file():
             return read_file(folder / name), beside
@@ -201,6 +203,11 @@ def _read_folder(folder: Path) -> tuple[Contents, dict[str, Any]]:
         tensors = {key: values for name in parts for key, values in read_file(folder / name).tensors.items()}
         return Contents(tensors, {}), beside
     raise StatedError(f"{folder} holds no weights ({', '.join((*_WEIGHT_FILES, _INDEX))}) and is no run")
+
+
+def _said_in(folder: Path) -> dict[str, Any]:
+    """What config.json says, and under `preprocessor` what preprocessor_config.json does."""
+    return _read_json(folder / "config.json") | {"preprocessor": _read_json(folder / "preprocessor_config.json")}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -235,7 +242,7 @@ def _check_settings(said: Mapping[str, Any], path: Path, notes: list[str]) -> No
     """Settings of a Hugging Face configuration that this project's model does not have."""
     activation = said.get("hidden_act", "gelu")
     if activation != "gelu":
-        raise StatedError(f"{path}/config.json says hidden_act {activation!r}; only the exact gelu is computed here")
+        raise StatedError(f"{path}: config.json says hidden_act {activation!r}; only the exact gelu is computed here")
     eps = said.get("layer_norm_eps", 1e-6)
     if eps != 1e-6:
         notes.append(f"config.json says layer_norm_eps {eps}; here LayerNorms have the authors' 1e-6")

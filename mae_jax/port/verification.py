@@ -156,6 +156,7 @@ def outputs(params: Params, config: Config, part: Part, images: np.ndarray, nois
         assert isinstance(output, Output)
         return {"latent": output.latent, "pred": output.pred, "loss": output.loss}
 
+    params = jax.tree.map(lambda values: jnp.asarray(values, jnp.float32), params)
     with jax.default_matmul_precision("highest"):
         made = jax.jit(run)(params, jnp.asarray(images), jnp.asarray(noise))
     return {name: np.asarray(values) for name, values in made.items()}

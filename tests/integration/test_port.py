@@ -219,3 +219,11 @@ def test_an_encoder_alone(run: Run, tmp_path: Path) -> None:
     drawn = run("reconstruct", tmp_path / "out", f"--out={tmp_path}/no.png")
     assert drawn.returncode == 1
     assert "holds an encoder alone" in drawn.stderr
+
+
+def test_a_run_in_float64(run: Run, tmp_path: Path) -> None:
+    done = run("pretrain", "digits", *TINY, "--steps=1", "--precision=float64", f"--workdir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    for to in ("huggingface", "jax"):
+        done = run("port", tmp_path / "run", tmp_path / to, f"--to={to}")
+        assert (done.returncode, done.stderr) == (0, "")

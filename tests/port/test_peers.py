@@ -128,8 +128,10 @@ def test_timm_takes_its_names_strictly(tmp_path, size, suffix):
     images = np.random.default_rng(0).standard_normal((1, 224, 224, 3), np.float32)
     latent = outputs(params, config, "encoder", images, np.zeros((1, config.num_patches), np.float32))["latent"]
     with torch.no_grad():
-        theirs = model.forward_features(torch.from_numpy(images).movedim(-1, 1).contiguous()).numpy()
-    assert np.abs(latent - theirs).max() < 5e-6 * np.abs(theirs).max()
+        theirs = model.forward_features(torch.from_numpy(images).movedim(-1, 1).contiguous())
+        pooled = model.forward_head(theirs).numpy()
+    assert np.abs(latent - theirs.numpy()).max() < 5e-6 * np.abs(theirs.numpy()).max()
+    assert np.abs(latent[:, 0] - pooled).max() < 5e-6 * np.abs(pooled).max()
     file.unlink()
 
 

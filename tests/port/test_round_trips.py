@@ -1,6 +1,7 @@
 """JAX to a format and back is exact to the bit; half the bits give the rounded values."""
 
 import argparse
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import mae_jax
 from mae_jax.config import MODELS, ModelConfig
 from mae_jax.errors import StatedError
 from mae_jax.models.positions import resize_positions
+from mae_jax.port.files import read_file, write_safetensors, write_torch
 from mae_jax.port.inference import Hints
 from mae_jax.port.keys import to_fair
 from mae_jax.port.layouts import LAYOUTS, to_layout
@@ -234,3 +236,47 @@ def test_parameters_of_another_model_are_listed(tmp_path):
     with pytest.raises(StatedError, match="decoder/block_0/norm1/scale is missing"):
         mae_jax.save_torch({"encoder": draw_params(TINY)["encoder"]}, TINY, tmp_path / "f.pth", layout="fair")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["pytorch_model.bin", "in parts", "the file in the folder"])
+def test_a_hugging_face_folder_in_its_other_forms(tmp_path, form):
+    params = draw_params(TINY)
+    folder = mae_jax.save_torch(params, TINY, tmp_path / "hf", layout="huggingface")
+    whole = folder / "model.safetensors"
+    tensors = read_file(whole).tensors
+    if form == "pytorch_model.bin":
+        write_torch(folder / "pytorch_model.bin", tensors, None)
+    elif form == "in parts":
+        names = sorted(tensors)
+        parts = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+        for name, keys in parts.items():
+            write_safetensors(folder / name, {key: tensors[key] for key in keys}, {})
+        index = {"weight_map": {key: name for name, keys in parts.items() for key in keys}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if form == "the file in the folder":
+        write_safetensors(whole, tensors, {})  # without what we say in its header
+        folder = whole
+    else:
+        whole.unlink()
+    config, again = mae_jax.load_torch(folder)
+    assert config == TINY
+    assert same(params, again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'; only the exact gelu"), (None, "config.json is not JSON")],
+)
+def test_a_configuration_that_is_not_ours_is_refused(tmp_path, changes, said):
+    folder = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "hf", layout="huggingface")
+    held = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text("{" if changes is None else json.dumps(held | changes))
+    with pytest.raises(StatedError, match=said):
+        mae_jax.load_torch(folder)
+
+
+def test_another_epsilon_is_told(tmp_path):
+    folder = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "hf", layout="huggingface")
+    held = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(held | {"layer_norm_eps": 1e-12}))
+    assert "config.json says layer_norm_eps 1e-12; here LayerNorms have the authors' 1e-6" in read_weights(folder).notes
