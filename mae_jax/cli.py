@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -30,9 +31,11 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     )
     keep_freed_memory()
     _prepare_jax(config.model.dtype)
+    from mae_jax.train.hosts import joined
     from mae_jax.train.loop import pretrain
 
-    finished = pretrain(config)
+    with joined(config) as hosts:
+        finished = pretrain(config, hosts)
     print(f"step {finished.step} is saved in {finished.workdir}")
     if finished.signal is None:
         return 0
@@ -129,6 +132,16 @@ def _prepare_jax(dtype: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a stated failure, 2 wrong usage, 143 or 130 stopped by SIGTERM or Ctrl-C."""
+    code = _main(argv)
+    if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        # One of several hosts that has failed: at a regular exit it and the others would wait for each other.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     summaries = "\n".join(
@@ -150,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os._exit(1)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
+            return 1
         stated = isinstance(error, StatedError)
         print(
             f"mae-jax: {error}" if stated else f"mae-jax: {type(error).__name__}: {error} (--debug shows where)",

@@ -27,6 +27,34 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+class SilentLog:
+    """What a run says on hosts that do not write: only what concerns that host."""
+
+    def __init__(self, host: int) -> None:
+        self._host = host
+
+    def step_done(self) -> None:
+        """Nothing."""
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """A line that names the host."""
+        print(f"host {self._host}: {text}", flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing."""
+
+
 class RunLog:
     """Writes rows and pictures of the steps after `start`; rows of later steps, from before a restart, are dropped."""
 

@@ -111,11 +111,10 @@ def test_a_run_started_otherwise_is_refused_with_both_values(tmp_path):
 
 def test_how_a_run_goes_may_change(tmp_path):
     other = {
-        "devices": 4, "workers": 0, "log_every": 7, "save_every": 8, "keep": 9, "keep_every": 10,
-        "reconstruct_every": None,
+        "engine": "fsdp", "devices": 4, "fsdp": 2, "coordinator": "a:1", "process_id": 0, "num_processes": 2,
+        "workers": 0, "log_every": 7, "save_every": 8, "keep": 9, "keep_every": 10, "reconstruct_every": None,
     }  # fmt: skip
-    # Of `engine` there is but one; `workdir` may be a folder that was moved.
-    assert other.keys() == OPERATIONAL - {"workdir", "engine"}
+    assert other.keys() == OPERATIONAL - {"workdir"}  # which may be a folder that was moved
     config = PretrainConfig(workdir=str(tmp_path))
     claim(config)
     claim(changed(config, **other))
