@@ -61,7 +61,6 @@ def all_cases() -> Iterator[Case]:
 
 def train(case: Case, precision: str) -> tuple[Any, Any]:
     """Losses (steps,), and the raw gradients of the first step."""
-    import jax
     import numpy as np
 
     from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig, TransformerConfig
@@ -95,18 +94,19 @@ def train(case: Case, precision: str) -> tuple[Any, Any]:
         state, metrics = engine.step(state, engine.put(Batch(images, positions)))
         losses.append(float(metrics.loss))
         if step == 0:
-            scale = 1 - config.optim.beta1
-            gradients = jax.tree.map(lambda moment: np.asarray(moment) / scale, first_moment(state.optimizer))
+            gradients = first_gradients(state.optimizer, config.optim.beta1)
     if not losses[-1] < 0.9 * losses[0]:
         raise RuntimeError(f"nothing was learnt: {losses[0]} to {losses[-1]}")
     return np.array(losses), gradients
 
 
-def first_moment(optimizer: Any) -> Any:
-    """AdamW's, out of the optimizer's state."""
+def first_gradients(optimizer: Any, beta1: float) -> Any:
+    """What AdamW was given in its first update, out of its state after it."""
+    import jax
+    import numpy as np
     import optax
 
-    return optax.tree.get(optimizer, "mu")
+    return jax.tree.map(lambda moment: np.asarray(moment) / (1 - beta1), optax.tree.get(optimizer, "mu"))
 
 
 def compare(precision: str, cases: list[Case]) -> int:

@@ -71,6 +71,19 @@ def _check_fingerprint(tree: Any, recorded: dict[str, int]) -> None:
 
 
 @contextlib.contextmanager
+def _silent_loggers() -> Iterator[None]:
+    loggers = {name: logging.getLogger(name) for name in ("asyncio", "absl")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    try:
+        for logger in loggers.values():
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
+
+
+@contextlib.contextmanager
 def _quiet_readers() -> Iterator[None]:
     """The first read that fails is raised, and nothing is said of those beside it.
 
@@ -85,25 +98,20 @@ def _quiet_readers() -> Iterator[None]:
         else:
             report(unraisable)
 
-    loggers = {name: logging.getLogger(name) for name in ("asyncio", "absl")}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    try:
-        sys.unraisablehook = others
-        for logger in loggers.values():
-            logger.setLevel(logging.CRITICAL + 1)
-        yield
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the coroutines
-        seen = -1
-        while seen < len(late):
-            seen = len(late)
-            time.sleep(0.3)
-        raise
-    finally:
-        gc.collect()
-        sys.unraisablehook = report
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
+    with _silent_loggers():
+        try:
+            sys.unraisablehook = others
+            yield
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the coroutines
+            seen = -1
+            while seen < len(late):
+                seen = len(late)
+                time.sleep(0.3)
+            raise
+        finally:
+            gc.collect()
+            sys.unraisablehook = report
 
 
 def _abstract(tree: Tree, layout: Any) -> Tree:
@@ -123,6 +131,9 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: PretrainConfig, hosts: Hosts = ALONE) -> None:
         self.folder = workdir / CHECKPOINTS
         self._config, self._hosts = config, hosts
+        # Orbax's threads print a traceback of what fails in them; it is raised here too, and said in a sentence.
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(_silent_loggers())
         policies = [checkpoint_managers.LatestN(config.keep)]
         if config.keep_every is not None:
             policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
@@ -144,13 +155,18 @@ class Checkpoints:
         return self.folder / str(step)
 
     def save(self, step: int, state: Any) -> None:
-        """Start to write a checkpoint; the state may be donated as soon as this returns."""
+        """Start to write a checkpoint; the state may be donated as soon as this returns.
+
+        Raises:
+          StatedError: this one or the one before cannot be written.
+        """
         if step in self._manager.all_steps():
             return
         record = {"config": config_to_dict(self._config), "fingerprint": fingerprint(state)}
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **{RECORD: ocp.args.JsonSave(record)})
-        )
+        with self._writing():
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **{RECORD: ocp.args.JsonSave(record)})
+            )
 
     def restore_latest(self, like: Tree, layout: Any, warn: Callable[[str], None]) -> Tree | None:
         """The newest checkpoint that is whole, in the shape of `like`; None where there is none at all.
@@ -218,9 +234,26 @@ class Checkpoints:
         self._hosts.gather("moved aside", "")
         self._manager.reload()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a disk makes Orbax and its layers raise
+            whole = [int(path.parent.name) for path in self.folder.glob(f"*/{RECORD}") if path.parent.name.isdigit()]
+            start = f"from step {max(whole)}" if whole else "from the beginning"
+            raise StatedError(
+                f"a checkpoint cannot be written into {self.folder}: {str(error).splitlines()[0][:300]}. "
+                f"Make room there, or make it writable, and run the same command again: it continues {start}."
+            ) from error
+
     def close(self) -> None:
-        """Wait for the save under way."""
-        self._manager.close()
+        """Wait for the save under way.
+
+        Raises:
+          StatedError: it cannot be written.
+        """
+        with self._stack, self._writing():
+            self._manager.close()
 
 
 def load_params(run_or_checkpoint: str | Path) -> tuple[PretrainConfig, Params, int]:
