@@ -70,25 +70,19 @@ def _check_fingerprint(tree: Any, recorded: dict[str, int]) -> None:
         raise ValueError(f"{len(wrong)} arrays are not what was written, {wrong[0]} among them")
 
 
-@contextlib.contextmanager
-def _silent_loggers() -> Iterator[None]:
-    loggers = {name: logging.getLogger(name) for name in ("asyncio", "absl")}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    try:
-        for logger in loggers.values():
-            logger.setLevel(logging.CRITICAL + 1)
-        yield
-    finally:
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
+def _release(error: BaseException | None) -> None:
+    """Let go of the coroutines that the frames of an error hold; asyncio reports each when it is collected."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager
-def _quiet_readers() -> Iterator[None]:
-    """The first read that fails is raised, and nothing is said of those beside it.
+def _quiet_threads() -> Iterator[None]:
+    """The first read or write that fails is raised, and nothing is said of those beside it.
 
-    Orbax reads with coroutines: those that fail later are reported by asyncio when they are collected, and those
-    that end when the event loop is closed already by the interpreter, from other threads.
+    Orbax reads and writes with coroutines and threads: those that fail later are logged, or reported by asyncio when
+    they are collected; those that end when the event loop is closed already by the interpreter, from other threads.
     """
     report, late = sys.unraisablehook, []
 
@@ -98,20 +92,27 @@ def _quiet_readers() -> Iterator[None]:
         else:
             report(unraisable)
 
-    with _silent_loggers():
-        try:
-            sys.unraisablehook = others
-            yield
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the coroutines
-            seen = -1
-            while seen < len(late):
-                seen = len(late)
-                time.sleep(0.3)
-            raise
-        finally:
-            gc.collect()
-            sys.unraisablehook = report
+    loggers = {name: logging.getLogger(name) for name in ("asyncio", "absl")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    failed = False
+    try:
+        sys.unraisablehook = others
+        for logger in loggers.values():
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    except Exception as error:
+        failed = True
+        _release(error)
+        raise
+    finally:
+        seen = -1 if failed else 0
+        while seen < len(late):
+            seen = len(late)
+            time.sleep(0.3)
+        gc.collect()
+        sys.unraisablehook = report
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
 
 
 def _abstract(tree: Tree, layout: Any) -> Tree:
@@ -131,9 +132,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: PretrainConfig, hosts: Hosts = ALONE) -> None:
         self.folder = workdir / CHECKPOINTS
         self._config, self._hosts = config, hosts
-        # Orbax's threads print a traceback of what fails in them; it is raised here too, and said in a sentence.
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(_silent_loggers())
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet_threads())
         policies = [checkpoint_managers.LatestN(config.keep)]
         if config.keep_every is not None:
             policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
@@ -203,10 +203,11 @@ class Checkpoints:
         failure, state, recorded = "", None, {}
         try:
             recorded = read_record(self.path(step))[1]
-            with _quiet_readers(), self._reader() as reader:
+            with self._reader() as reader:
                 state = reader.restore(self.path(step) / "state", args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
             failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            _release(error)
         failures = [text for text in self._hosts.gather(f"restored {step}", failure) if text]
         if failures or state is None:
             raise ValueError(failures[0])
@@ -239,6 +240,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # whatever a disk makes Orbax and its layers raise
+            _release(error)
             whole = [int(path.parent.name) for path in self.folder.glob(f"*/{RECORD}") if path.parent.name.isdigit()]
             start = f"from step {max(whole)}" if whole else "from the beginning"
             raise StatedError(
@@ -252,8 +254,12 @@ class Checkpoints:
         Raises:
           StatedError: it cannot be written.
         """
-        with self._stack, self._writing():
-            self._manager.close()
+        with self._quiet:
+            try:
+                with self._writing():
+                    self._manager.close()
+            finally:
+                del self._manager  # with what is left of a save that failed
 
 
 def load_params(run_or_checkpoint: str | Path) -> tuple[PretrainConfig, Params, int]:
@@ -272,7 +278,7 @@ def load_params(run_or_checkpoint: str | Path) -> tuple[PretrainConfig, Params, 
             jax.eval_shape(lambda: init_state(config)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
         )
         item = {kind: getattr(whole, kind)}
-        with _quiet_readers(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with _quiet_threads(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arguments = ocp.args.PyTreeRestore(
                 item=item,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(item),
