@@ -6,29 +6,34 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from mae_jax.errors import StatedError
 
+if TYPE_CHECKING:
+    from mae_jax.config import PretrainConfig
+
 # Flags that stand for a longer one.
 ALIASES = {"--precision": "--model.dtype"}
 
 
-def pretrain(args: Sequence[str], prog: str) -> int:
-    """Pretrain a masked autoencoder: mae-jax pretrain PRESET [--field value]. Run again, it continues."""
-    from mae_jax.config import PretrainConfig
+def _read_config(args: Sequence[str], prog: str) -> "PretrainConfig":
     from mae_jax.presets import PRESETS
-    from mae_jax.train.host_memory import keep_freed_memory
 
     recipes = tyro.extras.subcommand_type_from_defaults(
         {name: preset() for name, preset in PRESETS.items()},
         {name: preset.__doc__ or "" for name, preset in PRESETS.items()},
     )
-    config: PretrainConfig = tyro.cli(
-        recipes, args=_unalias(args), prog=prog, config=(tyro.conf.OmitSubcommandPrefixes,)
-    )
+    return tyro.cli(recipes, args=_unalias(args), prog=prog, config=(tyro.conf.OmitSubcommandPrefixes,))
+
+
+def pretrain(args: Sequence[str], prog: str) -> int:
+    """Pretrain a masked autoencoder: mae-jax pretrain PRESET [--field value]. Run again, it continues."""
+    from mae_jax.train.host_memory import keep_freed_memory
+
+    config = _read_config(args, prog)
     keep_freed_memory()
     _prepare_jax(config.model.dtype)
     from mae_jax.train.hosts import joined
@@ -41,6 +46,27 @@ def pretrain(args: Sequence[str], prog: str) -> int:
         return 0
     print(f"stopped by {finished.signal.name}; to continue: {prog} {' '.join(args)}")
     return 128 + finished.signal
+
+
+def plan(args: Sequence[str], prog: str) -> int:
+    """Say what a run would cost, without running it: mae-jax plan PRESET --engine fsdp --devices 64 --memory 40GiB.
+
+    Every field of `pretrain` is a flag here too; --devices counts all devices of all hosts.
+    """
+    parser = argparse.ArgumentParser(prog=prog, add_help=False)
+    parser.add_argument("--memory", default="40GiB")
+    parser.add_argument("--flops", type=float, default=1.5e14)
+    parser.add_argument("--bandwidth", type=float, default=1e11)
+    own, rest = parser.parse_known_args(args)
+    config = _read_config(rest, f"{prog} [--memory 40GiB] [--flops 1.5e14] [--bandwidth 1e11]")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={config.devices or 1}"
+    os.environ |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    _prepare_jax(config.model.dtype)
+    from mae_jax.train.plan import parse_bytes
+    from mae_jax.train.plan import plan as make_plan
+
+    print(make_plan(config, parse_bytes(own.memory), own.flops, own.bandwidth))
+    return 0
 
 
 def reconstruct(
@@ -105,6 +131,7 @@ def _tyro_command(function: Callable[..., int]) -> Callable[[Sequence[str], str]
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "pretrain": pretrain,
+    "plan": plan,
     "reconstruct": _tyro_command(reconstruct),
     "knn": _tyro_command(knn),
 }

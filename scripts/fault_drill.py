@@ -39,7 +39,7 @@ COMMAND = [
 OBEY_PERMISSIONS = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
-PATIENCE = 120  # seconds for a run to get where it should, or to end
+PATIENCE = 300  # seconds for a run to get where it should, or to end
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_a_full_disk_is_said_in_a_sentence(tmp_path):
     """/dev/full takes nothing."""
     with RunLog(tmp_path, 0, 3) as log:
         log._file.close()
-        log._file = Path("/dev/full").open("a", buffering=1)
+        log._file = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
         with pytest.raises(StatedError, match=r"/dev/full cannot be written: No space left on device\. Make room"):
             log.row(1, {"loss": 1.0})
 
