@@ -2,7 +2,8 @@
 # Pretrain on several machines under Slurm, one process for each GPU; JAX finds the others by Slurm's variables.
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 scripts/launch_slurm.sh imagenet_vit_large --engine fsdp --fsdp 8
 # Arguments go to `mae-jax pretrain`; --workdir must be on storage that all machines share. Slurm's SIGTERM before the
-# time limit makes all processes save one step; --requeue starts the same command again, which continues.
+# time limit, or before a preemption, makes all processes save one step. Submitted again it continues; so does what
+# --requeue starts anew after a preemption or the failure of a machine.
 #SBATCH --job-name=mae-jax
 #SBATCH --signal=TERM@120
 #SBATCH --requeue

@@ -7,8 +7,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import mae_jax
 from mae_jax.config import OF_ONE_HOST, PretrainConfig
 from mae_jax.errors import StatedError
@@ -30,7 +28,7 @@ def code_version() -> dict[str, str]:
 def facts(config: PretrainConfig, examples: int) -> dict[str, Any]:
     """What must be the same on all hosts."""
     fields = {name: value for name, value in flatten(config_to_dict(config)).items() if name not in OF_ONE_HOST}
-    return fields | {"images": examples, "local devices": jax.local_device_count()} | code_version()
+    return fields | {"images": examples} | code_version()
 
 
 def check_agreement(hosts: Hosts, config: PretrainConfig, examples: int) -> None:

@@ -16,7 +16,7 @@ from orbax.checkpoint import multihost
 
 from mae_jax.config import PretrainConfig
 from mae_jax.errors import StatedError
-from mae_jax.train.liveness import GONE_AFTER, HEARTBEAT, Watch
+from mae_jax.train.liveness import GONE_AFTER, HEARTBEAT, Watch, end, on_abort
 
 START_WITHIN = 100  # seconds for all hosts to come
 TELL_WITHIN = 600  # seconds for a host to reach the same place; the watch ends the wait for one that is gone
@@ -52,6 +52,11 @@ class Hosts:
             self.watch.how = how
 
 
+def _cluster() -> bool:
+    """Whether JAX may find other hosts by itself: in a step of a Slurm job with several tasks, or on a TPU."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or importlib.util.find_spec("libtpu") is not None
+
+
 def _start(config: PretrainConfig) -> bool:
     """Meet the other hosts, as the configuration or the cluster says; False where there are none."""
     if config.num_processes == 1:
@@ -62,21 +67,22 @@ def _start(config: PretrainConfig) -> bool:
         heartbeat_timeout_seconds=3 * GONE_AFTER,  # the watch is to be first: it can tell who is gone
         shutdown_timeout_seconds=GONE_AFTER,
     )
+    where = f"to coordinator {config.coordinator}" if config.coordinator else "together"
+    failure = (
+        f"the hosts did not come {where} within {START_WITHIN} s. Check that all were started, with the same "
+        "--coordinator and --num-processes and each with its own --process-id, and that the port is free and open."
+    )
+    if config.num_processes is None and not _cluster():
+        return False
+    on_abort(lambda: end(failure))
     try:
-        if config.num_processes is not None:
-            meet(config.coordinator, config.num_processes, config.process_id)
-        elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or importlib.util.find_spec("libtpu"):
-            meet()
+        meet(config.coordinator, config.num_processes, config.process_id)
     except ValueError:
         if config.num_processes is not None:
             raise
         return False  # libtpu without a TPU
     except RuntimeError as error:
-        where = f"to coordinator {config.coordinator}" if config.coordinator else "together"
-        raise StatedError(
-            f"the hosts did not come {where} within {START_WITHIN} s ({str(error).splitlines()[0]}). Check that all "
-            "were started, that process_id runs from 0 to num_processes - 1, and that the port is free and open."
-        ) from error
+        raise StatedError(f"{failure} ({str(error).splitlines()[0]})") from error
     return jax.process_count() > 1
 
 
@@ -93,7 +99,7 @@ def joined(config: PretrainConfig) -> Iterator[Hosts]:
         yield Hosts()
         return
     count = jax.process_count()
-    watch = Watch(jax.process_index(), count, multihost.get_jax_distributed_client(), config.coordinator)
+    watch = Watch(jax.process_index(), count, multihost.get_jax_distributed_client())
     hosts = Hosts(jax.process_index(), count, watch)
     try:
         yield hosts

@@ -20,21 +20,37 @@ ALIVE, FAILED = "alive", "failed"
 _SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
+def end(message: str) -> NoReturn:
+    """End this process with a sentence, and without waiting for anyone."""
+    print(f"mae-jax: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def on_abort(act: Callable[[], NoReturn]) -> None:
+    """Call `act` in place of dying of SIGABRT.
+
+    JAX aborts the process where its coordination service cannot be reached, from C++ and with no hook: the callback
+    that it has cannot be written in Python, and Python's own handlers would run too late.
+    """
+    handler = _SIGNAL_HANDLER(lambda number: act())
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handler))  # for good: the abort may come at any time
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+
+
 class Watch:
     """A thread that beats and listens, through the key-value store of JAX's coordination service.
 
-    The store lives in host 0. When that is gone JAX aborts this process as soon as the connection breaks, and offers no
-    hook (its callback cannot be written in Python): SIGABRT is taken for one, and the words are said there.
+    The store lives in host 0; when that is gone JAX aborts this process as soon as the connection breaks.
     """
 
-    def __init__(self, index: int, count: int, store: Any, coordinator: str | None) -> None:
+    def __init__(self, index: int, count: int, store: Any) -> None:
         self.index, self.count = index, count
         self.how: Callable[[], str] = lambda: "Run the same command again."
-        self._store, self._coordinator = store, coordinator
+        self._store = store
         self._over = threading.Event()
         self._ending = threading.Lock()
-        self._on_abort = _SIGNAL_HANDLER(lambda number: self._lost())
-        ctypes.CDLL(None).signal(int(signal.SIGABRT), self._on_abort)
+        on_abort(self._lost)
         self._thread = threading.Thread(target=self._listen, name="watch-hosts", daemon=True)
         self._thread.start()
 
@@ -81,6 +97,4 @@ class Watch:
 
     def _end(self, message: str) -> NoReturn:
         self._ending.acquire()  # never released: the first reason is the one
-        print(f"mae-jax: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)
+        end(message)

@@ -21,7 +21,7 @@ class Store:
         return [(key, value) for key, value in self.values.items() if key.startswith(folder)]
 
 store = Store()
-watch = liveness.Watch(1, 3, store, None)
+watch = liveness.Watch(1, 3, store)
 watch.how = lambda: "Run it again."
 time.sleep(5)
 os._exit(7)
