@@ -5,51 +5,81 @@ import inspect
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from mae_jax.errors import StatedError
 
+if TYPE_CHECKING:
+    from mae_jax.config import PretrainConfig
+
 # Flags that stand for a longer one.
 ALIASES = {"--precision": "--model.dtype"}
 
 
-def pretrain(args: Sequence[str], prog: str) -> int:
-    """Pretrain a masked autoencoder: mae-jax pretrain PRESET [--field value]. Run again, it continues."""
-    from mae_jax.config import PretrainConfig
+def _read_config(args: Sequence[str], prog: str) -> "PretrainConfig":
     from mae_jax.presets import PRESETS
-    from mae_jax.train.host_memory import keep_freed_memory
 
-    config: PretrainConfig
     if args and args[0] in PRESETS:
         preset = PRESETS[args[0]]
         description = f"{inspect.getdoc(preset)}\n\n--precision stands for --model.dtype; --debug shows tracebacks."
-        config = tyro.cli(
+        return tyro.cli(
             PretrainConfig,
             default=preset(),
             args=_unalias(args[1:]),
             prog=f"{prog} {args[0]}",
             description=description,
         )
-    else:  # help, or a word that is no preset
-        recipes = tyro.extras.subcommand_type_from_defaults(
-            {name: preset() for name, preset in PRESETS.items()},
-            {name: preset.__doc__ or "" for name, preset in PRESETS.items()},
-        )
-        config = tyro.cli(recipes, args=_unalias(args), prog=prog)
+    # Help, or a word that is no preset.
+    recipes = tyro.extras.subcommand_type_from_defaults(
+        {name: preset() for name, preset in PRESETS.items()},
+        {name: preset.__doc__ or "" for name, preset in PRESETS.items()},
+    )
+    return tyro.cli(recipes, args=_unalias(args), prog=prog)
+
+
+def pretrain(args: Sequence[str], prog: str) -> int:
+    """Pretrain a masked autoencoder: mae-jax pretrain PRESET [--field value]. Run again, it continues."""
+    from mae_jax.train.host_memory import keep_freed_memory
+
+    config = _read_config(args, prog)
     keep_freed_memory()
     _prepare_jax(config.model.dtype)
+    from mae_jax.train.hosts import joined
     from mae_jax.train.loop import pretrain
 
-    finished = pretrain(config)
+    with joined(config) as hosts:
+        finished = pretrain(config, hosts)
     print(f"step {finished.step} is saved in {finished.workdir}")
     if finished.signal is None:
         return 0
     print(f"stopped by {finished.signal.name}; to continue: {shlex.join([*prog.split(), *args])}")
     return 128 + finished.signal
+
+
+def plan(args: Sequence[str], prog: str) -> int:
+    """Say what a run would cost, without running it: mae-jax plan PRESET --engine fsdp --devices 64 --memory 40GiB.
+
+    Every field of `pretrain` is a flag here too; --devices counts all devices of all hosts.
+    """
+    parser = argparse.ArgumentParser(prog=prog, add_help=False)
+    parser.add_argument("--memory", default="40GiB")
+    parser.add_argument("--flops", type=float, default=1.5e14)
+    parser.add_argument("--bandwidth", type=float, default=1e11)
+    own, rest = parser.parse_known_args(args)
+    config = _read_config(rest, f"{prog} [--memory 40GiB] [--flops 1.5e14] [--bandwidth 1e11]")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={config.devices or 1}"
+    os.environ |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    _prepare_jax(config.model.dtype)
+    from mae_jax.train.plan import parse_bytes
+    from mae_jax.train.plan import plan as make_plan
+
+    print(make_plan(config, parse_bytes(own.memory), own.flops, own.bandwidth))
+    return 0
 
 
 def reconstruct(
@@ -164,6 +194,7 @@ def _tyro_command(function: Callable[..., int]) -> Callable[[Sequence[str], str]
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "pretrain": pretrain,
+    "plan": plan,
     "reconstruct": _tyro_command(reconstruct),
     "knn": _tyro_command(knn),
     "port": _tyro_command(port),
@@ -192,6 +223,16 @@ def _prepare_jax(dtype: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a stated failure, 2 wrong usage, 143 or 130 stopped by SIGTERM or Ctrl-C."""
+    code = _main(argv)
+    if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        # One of several hosts that has failed: at a regular exit it and the others would wait for each other.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     summaries = "\n".join(
@@ -213,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os._exit(1)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
+            return 1
         stated = isinstance(error, StatedError)
         print(
             f"mae-jax: {error}" if stated else f"mae-jax: {type(error).__name__}: {error} (--debug shows where)",

@@ -262,8 +262,12 @@ class PretrainConfig:
 
     init: str | None = None  # start from these weights: a run, or a PyTorch checkpoint that `mae-jax port` reads
     workdir: str = "runs/pretrain"
-    engine: Literal["pmap"] = "pmap"
-    devices: int | None = None  # the first so many local devices; all by default
+    engine: Literal["pmap", "jit", "fsdp"] = "pmap"  # pmap: one host; fsdp: the state is cut over devices
+    devices: int | None = None  # the first so many devices of each host; all by default
+    fsdp: int | None = None  # devices that engine fsdp cuts one copy of the state over; by default all
+    coordinator: str | None = None  # HOST:PORT of host 0, where several hosts run together
+    process_id: int | None = None  # which of them this one is, 0 .. num_processes - 1
+    num_processes: int | None = None  # how many they are
     workers: int | None = None  # processes that read and crop; by default as many as the data wants and the cores allow
     log_every: int = 50  # steps
     save_every: int = 1000  # steps
@@ -274,7 +278,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "epochs")
         _require_whole(self, "batch_size", "accumulate", "log_every", "save_every", "keep")
-        for name in ("steps", "devices", "keep_every", "reconstruct_every"):
+        for name in ("steps", "devices", "fsdp", "num_processes", "keep_every", "reconstruct_every"):
             if getattr(self, name) is not None:
                 _require_whole(self, name)
         if self.keep_every is not None and self.keep_every % self.save_every:
@@ -283,6 +287,9 @@ class PretrainConfig:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed} is outside 0 .. 2^32 - 1")
+        if self.fsdp is not None and self.engine != "fsdp":
+            raise ValueError(f"fsdp {self.fsdp} needs engine fsdp, not {self.engine}")
+        self._check_hosts()
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers {self.workers} must not be negative")
         if len(self.augment.mean) != self.model.in_channels:
@@ -291,8 +298,33 @@ class PretrainConfig:
                 f"model.in_channels is {self.model.in_channels}"
             )
 
+    def _check_hosts(self) -> None:
+        given = {name: getattr(self, name) for name in ("coordinator", "process_id", "num_processes")}
+        missing = [name for name, value in given.items() if value is None]
+        if 0 < len(missing) < len(given):
+            there = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+            raise ValueError(f"{there} needs {' and '.join(missing)} too")
+        if missing:
+            return
+        if not 0 <= given["process_id"] < given["num_processes"]:
+            raise ValueError(f"process_id {self.process_id} is outside 0 .. num_processes {self.num_processes} - 1")
+        host, _, port = given["coordinator"].rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"coordinator {self.coordinator} is not HOST:PORT")
+
+
+# Fields in which the hosts of one run may differ.
+OF_ONE_HOST = frozenset({"coordinator", "process_id", "num_processes", "workers"})
 
 # Fields that change where and how fast a run goes, not what it computes: they may differ when a run continues.
-OPERATIONAL = frozenset(
-    {"workdir", "engine", "devices", "workers", "log_every", "save_every", "keep", "keep_every", "reconstruct_every"}
-)
+OPERATIONAL = OF_ONE_HOST | {
+    "workdir",
+    "engine",
+    "devices",
+    "fsdp",
+    "log_every",
+    "save_every",
+    "keep",
+    "keep_every",
+    "reconstruct_every",
+}

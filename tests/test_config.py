@@ -98,6 +98,16 @@ REFUSED = {
     "seed": (lambda: PretrainConfig(seed=2**32), ("seed 4294967296",)),
     "steps": (lambda: PretrainConfig(steps=0), ("steps 0",)),
     "workers": (lambda: PretrainConfig(workers=-1), ("workers -1",)),
+    "fsdp": (lambda: PretrainConfig(fsdp=2), ("fsdp 2", "engine fsdp", "pmap")),
+    "hosts": (lambda: PretrainConfig(num_processes=2), ("num_processes 2", "coordinator", "process_id")),
+    "process_id": (
+        lambda: PretrainConfig(coordinator="a:1", process_id=2, num_processes=2),
+        ("process_id 2", "num_processes 2"),
+    ),
+    "coordinator": (
+        lambda: PretrainConfig(coordinator="a", process_id=0, num_processes=2),
+        ("coordinator a", "HOST:PORT"),
+    ),
 }
 
 

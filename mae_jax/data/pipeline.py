@@ -35,9 +35,17 @@ class TrainingBatch(TypedDict):
 
 
 def training_batches(
-    source: Source, config: PretrainConfig, *, start_step: int = 0, stop_step: int | None = None
+    source: Source,
+    config: PretrainConfig,
+    *,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    host: int = 0,
+    hosts: int = 1,
 ) -> Batches[TrainingBatch]:
     """The batches of steps `start_step` up to `stop_step` (without end by default), `config.batch_size` rows each.
+
+    Of `hosts` that share each batch, `host` reads its own rows alone: the first host the first rows, and so on.
 
     A file that does not decode is replaced by the next position's, with its own position's crop and flip, so that
     no position moves.
@@ -54,10 +62,13 @@ def training_batches(
     order_seed = int(rng.host_generator(config.seed, "order", 0).integers(2**32))
     order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat(rng.MAX_POSITION // len(source) + 1)
     example = _Example(source, order, config.augment, config.model.image_hw, config.seed)
-    part = part_size(config.batch_size)
-    per_batch = config.batch_size // part
+    part = part_size(config.batch_size // hosts)
+    per_batch = config.batch_size // hosts // part
     stop_step = steps if stop_step is None else stop_step
-    parts = order.map_with_index(example).batch(part)[start_step * per_batch : stop_step * per_batch]
+    parts = order.map_with_index(example).batch(part)
+    if hosts > 1:
+        parts = grain.MapDataset.range(steps * per_batch).map(_PartOfHost(parts, per_batch, host, hosts))
+    parts = parts[start_step * per_batch : stop_step * per_batch]
     readers = default_readers(source.in_memory)
     height, width = config.model.image_hw
     return Batches(
@@ -68,6 +79,20 @@ def training_batches(
         threads=readers,
         part_bytes=part * height * width * config.model.in_channels,
     )
+
+
+@dataclass(frozen=True)
+class _PartOfHost:
+    """A host's n-th part, of all parts of all batches; each batch has `per_batch` parts for every host."""
+
+    parts: grain.MapDataset
+    per_batch: int
+    host: int
+    hosts: int
+
+    def __call__(self, number: int) -> Part:
+        step, part = divmod(number, self.per_batch)
+        return self.parts[(step * self.hosts + self.host) * self.per_batch + part]
 
 
 def _joined(parts: list[Part]) -> TrainingBatch:

@@ -5,6 +5,7 @@ of every array, and a restored one must have the same.
 """
 
 import contextlib
+import functools
 import gc
 import logging
 import sys
@@ -18,32 +19,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from orbax.checkpoint import checkpoint_managers
 
 from mae_jax.config import PretrainConfig
 from mae_jax.errors import StatedError
+from mae_jax.train.hosts import Hosts
 from mae_jax.train.steps import Params, init_state
 from mae_jax.train.workdir import CHECKPOINTS, RECORD, config_to_dict, find_checkpoint, read_record
 
 Tree = TypeVar("Tree")
 
 BROKEN = "broken-checkpoints"
+ALONE = Hosts()
 
 
-@jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
     def one(leaf: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32).ravel()
-        odd = 2 * jax.lax.iota(jnp.uint32, words.size) + jnp.uint32(1)
-        return jnp.sum(words.astype(jnp.uint32) * odd, dtype=jnp.uint32)
+        words = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
+        # Not raveled: each device sums up the part that it has, with the places that this has in the whole.
+        place = jnp.zeros((), jnp.uint32)
+        for axis, size in enumerate(words.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        return jnp.sum(words.astype(jnp.uint32) * (2 * place + jnp.uint32(1)), dtype=jnp.uint32)
 
     return jnp.stack([one(leaf) for leaf in leaves])
 
 
+@functools.cache
+def _summing(sharding: Sharding) -> Callable[[list[jax.Array]], jax.Array]:
+    return jax.jit(_fingerprints, out_shardings=sharding)
+
+
 def fingerprint(tree: Any) -> dict[str, int]:
-    """A 32-bit sum of each array's bits, weighted by place: a change of any one 32-bit word changes it."""
+    """A 32-bit sum of each array's bits, weighted by place: a change of any one 32-bit word changes it.
+
+    The same for every layout. Where arrays lie on several hosts, all of them must call this.
+    """
     paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(tree)[0], strict=True)
-    sums = np.asarray(_fingerprints(list(leaves)))
+    sharding = leaves[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    sums = np.asarray(_summing(sharding)(list(leaves)))
     return {jax.tree_util.keystr(path): int(value) for path, value in zip(paths, sums, strict=True)}
 
 
@@ -53,12 +70,19 @@ def _check_fingerprint(tree: Any, recorded: dict[str, int]) -> None:
         raise ValueError(f"{len(wrong)} arrays are not what was written, {wrong[0]} among them")
 
 
-@contextlib.contextmanager
-def _quiet_readers() -> Iterator[None]:
-    """The first read that fails is raised, and nothing is said of those beside it.
+def _release(error: BaseException | None) -> None:
+    """Let go of the coroutines that the frames of an error hold; asyncio reports each when it is collected."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
-    Orbax reads with coroutines: those that fail later are reported by asyncio when they are collected, and those
-    that end when the event loop is closed already by the interpreter, from other threads.
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """The first read or write that fails is raised, and nothing is said of those beside it.
+
+    Orbax reads and writes with coroutines and threads: those that fail later are logged, or reported by asyncio when
+    they are collected; those that end when the event loop is closed already by the interpreter, from other threads.
     """
     report, late = sys.unraisablehook, []
 
@@ -70,38 +94,48 @@ def _quiet_readers() -> Iterator[None]:
 
     loggers = {name: logging.getLogger(name) for name in ("asyncio", "absl")}
     levels = {name: logger.level for name, logger in loggers.items()}
+    failed = False
     try:
         sys.unraisablehook = others
         for logger in loggers.values():
             logger.setLevel(logging.CRITICAL + 1)
         yield
     except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the coroutines
-        seen = -1
+        failed = True
+        _release(error)
+        raise
+    finally:
+        seen = -1 if failed else 0
         while seen < len(late):
             seen = len(late)
             time.sleep(0.3)
-        raise
-    finally:
         gc.collect()
         sys.unraisablehook = report
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
 
 
-def _abstract(tree: Tree, sharding: jax.sharding.Sharding) -> Tree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def _abstract(tree: Tree, layout: Any) -> Tree:
+    """Shapes with their shardings; `layout` is one sharding for all, or a tree of them."""
+    layout = jax.tree.broadcast(layout, tree, is_leaf=lambda x: isinstance(x, Sharding))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
 
 
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and every multiple of `keep_every` steps.
 
+    On several hosts all of them make one of these, and call the same methods in the same order.
+
     Close it, or the save under way is lost.
     """
 
-    def __init__(self, workdir: Path, config: PretrainConfig, examples: int | None = None) -> None:
+    def __init__(
+        self, workdir: Path, config: PretrainConfig, examples: int | None = None, hosts: Hosts = ALONE
+    ) -> None:
         self.folder = workdir / CHECKPOINTS
-        self._said = {"config": config_to_dict(config), "examples": examples}
+        self._said, self._hosts = {"config": config_to_dict(config), "examples": examples}, hosts
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet_threads())
         policies = [checkpoint_managers.LatestN(config.keep)]
         if config.keep_every is not None:
             policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
@@ -123,32 +157,37 @@ class Checkpoints:
         return self.folder / str(step)
 
     def save(self, step: int, state: Any) -> None:
-        """Start to write a checkpoint; the state may be donated as soon as this returns."""
+        """Start to write a checkpoint; the state may be donated as soon as this returns.
+
+        Raises:
+          StatedError: this one or the one before cannot be written.
+        """
         if step in self._manager.all_steps():
             return
         record = self._said | {"fingerprint": fingerprint(state)}
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **{RECORD: ocp.args.JsonSave(record)})
-        )
+        with self._writing():
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **{RECORD: ocp.args.JsonSave(record)})
+            )
 
-    def restore_latest(self, like: Tree, sharding: jax.sharding.Sharding, warn: Callable[[str], None]) -> Tree | None:
+    def restore_latest(self, like: Tree, layout: Any, warn: Callable[[str], None]) -> Tree | None:
         """The newest checkpoint that is whole, in the shape of `like`; None where there is none at all.
 
-        Broken ones are named through `warn`, and moved aside so that their steps can be saved again.
+        layout: the sharding of all arrays, or a tree of them. It need not be the one that the checkpoint was written
+        with. Broken ones are named through `warn`, and moved aside so that their steps can be saved again.
 
         Raises:
           StatedError: there are checkpoints, and every one of them is broken.
         """
-        broken: list[tuple[int, str]] = []
+        abstract, broken = _abstract(like, layout), []
         for step in reversed(self.steps()):
             try:
-                state = self._restore(step, _abstract(like, sharding))
-            except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
-                broken.append((step, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"))
-                warn(f"checkpoint {self.path(step)} is broken and skipped ({broken[-1][1]})")
+                state = self._restore(step, abstract)
+            except ValueError as error:
+                broken.append((step, str(error)))
+                warn(f"checkpoint {self.path(step)} is broken and skipped ({error})")
                 continue
-            for bad, _ in broken:
-                self.move_aside(bad)
+            self.move_aside([bad for bad, _ in broken])
             return state
         if broken:
             raise StatedError(
@@ -158,25 +197,73 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract: Tree) -> Tree:
-        with _quiet_readers():
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), **{RECORD: ocp.args.JsonRestore()}),
-            )
-        _check_fingerprint(restored["state"], restored[RECORD]["fingerprint"])
-        return restored["state"]
+        """The state of one checkpoint.
 
-    def move_aside(self, step: int) -> None:
-        """Take a checkpoint out of the run, to lie in broken-checkpoints/."""
+        Raises:
+          ValueError: a host cannot read its part, or what was read is not what was written. On all hosts alike.
+        """
+        failure, state, recorded = "", None, {}
+        try:
+            recorded = read_record(self.path(step)).fingerprint
+            with self._reader() as reader:
+                state = reader.restore(self.path(step) / "state", args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
+            failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            _release(error)
+        failures = [text for text in self._hosts.gather(f"restored {step}", failure) if text]
+        if failures or state is None:
+            raise ValueError(failures[0])
+        _check_fingerprint(state, recorded)
+        return state
+
+    def _reader(self) -> ocp.Checkpointer:
+        """Each host reads by itself: with one that fails, the others do not wait for it inside Orbax."""
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=self._hosts.index,
+            active_processes={self._hosts.index},
+            barrier_sync_key_prefix=f"host{self._hosts.index}",
+        )
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+    def move_aside(self, steps: list[int]) -> None:
+        """Take checkpoints out of the run, to lie in broken-checkpoints/."""
+        if not steps:
+            return
         self._manager.wait_until_finished()
-        aside = self.folder.parent / BROKEN
-        aside.mkdir(exist_ok=True)
-        self.path(step).rename(aside / f"{step}-{len(list(aside.iterdir()))}")
+        if self._hosts.first:
+            aside = self.folder.parent / BROKEN
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                self.path(step).rename(aside / f"{step}-{len(list(aside.iterdir()))}")
+        self._hosts.gather(f"moved aside {steps}", "")
         self._manager.reload()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a disk makes Orbax and its layers raise
+            _release(error)
+            whole = [int(path.parent.name) for path in self.folder.glob(f"*/{RECORD}") if path.parent.name.isdigit()]
+            start = f"from step {max(whole)}" if whole else "from the beginning"
+            raise StatedError(
+                f"a checkpoint cannot be written into {self.folder}: {str(error).splitlines()[0][:300]}. "
+                f"Make room there, or make it writable, and run the same command again: it continues {start}."
+            ) from error
+
     def close(self) -> None:
-        """Wait for the save under way."""
-        self._manager.close()
+        """Wait for the save under way.
+
+        Raises:
+          StatedError: it cannot be written.
+        """
+        with self._quiet:
+            try:
+                with self._writing():
+                    self._manager.close()
+            finally:
+                del self._manager  # with what is left of a save that failed
 
 
 class Exported(NamedTuple):
@@ -214,7 +301,7 @@ def load_params(
         item = {kind: getattr(whole, kind)}
         if not any("['decoder']" in key for key in recorded):
             item[kind] = {"encoder": item[kind]["encoder"]}
-        with _quiet_readers(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with _quiet_threads(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arguments = ocp.args.PyTreeRestore(
                 item=item,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(item),

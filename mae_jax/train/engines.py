@@ -1,44 +1,99 @@
 """How a pure step is compiled and spread over devices.
 
-`pmap`: data parallel over local devices. The state stays a plain pytree, the same on every device; batches are cut
-along their first axis; gradients are averaged inside the step over AXIS.
+Every engine takes a batch as the host has it and returns the state in the same pytree:
+
+- `pmap`: data parallel over the devices of one host. The state is the same on every device; batches are cut along
+  their first axis; gradients are averaged inside the step over AXIS.
+- `jit` and `fsdp` (mae_jax/train/mesh.py): the compiler cuts the step by how its state and batch lie on a mesh.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mae_jax.errors import StatedError
-from mae_jax.train.steps import Batch, Metrics, TrainState
+from mae_jax.train.steps import Batch, Metrics, Step, TrainState
 
 AXIS = "data"
 
 Tree = TypeVar("Tree")
 
 
-def choose_devices(count: int | None) -> list[jax.Device]:
-    """The first `count` local devices, or all.
-
-    Raises:
-      StatedError: there are fewer.
-    """
-    found = jax.local_devices()
-    if count is not None and count > len(found):
-        raise StatedError(f"devices {count} asked for, this host has {len(found)} ({found[0].platform})")
-    return found[:count]
-
-
-@dataclass(frozen=True)
-class PmapEngine:
-    """A compiled step over `devices`.
+class Engine(Protocol):
+    """A compiled step over devices, and how its state and batches come to them.
 
     in_flight: how many steps the host may run ahead of the device. Batches wait in device memory, so it is bounded;
       simulated CPU devices share one thread pool and deadlock in a collective when several steps are queued.
     """
+
+    @property
+    def devices(self) -> list[jax.Device]: ...
+
+    @property
+    def step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+    def layout(self, tree: Any) -> Any:
+        """The sharding of each array of a state, or of shapes."""
+
+    def place(self, state: Tree) -> Tree:
+        """Lay out a whole state that this host has."""
+
+    def begin(self, init: Callable[[], Tree]) -> Tree:
+        """Compute a state where it is to lie, so that no device ever holds more than its part."""
+
+    def put(self, batch: Batch) -> Batch:
+        """This host's rows of a batch, cut over its devices; starts the transfer."""
+
+
+def choose_devices(count: int | None) -> list[jax.Device]:
+    """The first `count` devices of each host, or all, host by host.
+
+    Raises:
+      StatedError: a host has fewer, or they do not all have as many.
+    """
+    by_host: dict[int, list[jax.Device]] = {}
+    for device in sorted(jax.devices(), key=lambda device: (device.process_index, device.id)):
+        by_host.setdefault(device.process_index, []).append(device)
+    local = jax.local_devices()
+    if count is not None and count > len(local):
+        raise StatedError(f"devices {count} asked for, this host has {len(local)} ({local[0].platform})")
+    chosen = [found[:count] for found in by_host.values()]
+    if len({len(found) for found in chosen}) > 1:
+        numbers = ", ".join(f"{len(found)} on host {host}" for host, found in by_host.items())
+        raise StatedError(f"hosts differ in their devices: {numbers}. Give --devices {min(map(len, chosen))}")
+    return [device for found in chosen for device in found]
+
+
+def check_divides(batch_size: int, devices: int, accumulate: int) -> None:
+    """Refuse a batch that cannot be cut into equal parts.
+
+    Raises:
+      StatedError: it does not divide.
+    """
+    parts = devices * accumulate
+    if batch_size % parts:
+        raise StatedError(
+            f"batch_size {batch_size} is not divisible by {devices} devices x accumulate {accumulate} "
+            f"(nearest that is: {max(1, round(batch_size / parts)) * parts})"
+        )
+
+
+def steps_in_flight(devices: list[jax.Device]) -> int:
+    """`Engine.in_flight` on these devices."""
+    simulated = devices[0].platform == "cpu" and len(devices) > 1
+    return 1 if simulated else 8
+
+
+@dataclass(frozen=True)
+class PmapEngine:
+    """A step over `devices` of this host, the state whole on each."""
 
     devices: list[jax.Device]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -47,14 +102,17 @@ class PmapEngine:
     def _sharding(self, *axes: str) -> NamedSharding:
         return NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec(*axes))
 
-    @property
-    def replicated(self) -> NamedSharding:
-        """How the state lies on the devices."""
-        return self._sharding()
+    def layout(self, tree: Any) -> Any:
+        """Whole on every device."""
+        return jax.tree.map(lambda _: self._sharding(), tree)
 
     def place(self, state: Tree) -> Tree:
         """Put a whole state on every device."""
-        return jax.device_put(state, self.replicated)
+        return jax.device_put(state, self._sharding())
+
+    def begin(self, init: Callable[[], Tree]) -> Tree:
+        """Compute a state on one device and copy it to the others."""
+        return self.place(init())
 
     def put(self, batch: Batch) -> Batch:
         """Cut a host batch into one part a device and start the transfer."""
@@ -64,23 +122,19 @@ class PmapEngine:
 
 
 def pmap_engine(
-    make_step: Callable[[str | None], Callable], devices: list[jax.Device], batch_size: int, accumulate: int
+    make_step: Callable[[str | None], Step], devices: list[jax.Device], batch_size: int, accumulate: int
 ) -> PmapEngine:
     """Compile the step that `make_step(axis_name)` builds for data parallel training; the state is donated.
 
     Raises:
-      StatedError: the batch does not divide.
+      StatedError: the batch does not divide, or there are several hosts.
     """
-    count = len(devices)
-    if batch_size % (count * accumulate):
-        raise StatedError(
-            f"batch_size {batch_size} is not divisible by {count} devices x accumulate {accumulate} "
-            f"(nearest that is: {max(1, round(batch_size / (count * accumulate))) * count * accumulate})"
-        )
+    if jax.process_count() > 1:
+        raise StatedError(f"engine pmap works on one host, these are {jax.process_count()}: give --engine jit or fsdp")
+    check_divides(batch_size, len(devices), accumulate)
     # A mean over one device would copy every gradient.
-    axis = AXIS if count > 1 else None
+    axis = AXIS if len(devices) > 1 else None
     step = jax.pmap(
         make_step(axis), axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices
     )
-    simulated = devices[0].platform == "cpu" and count > 1
-    return PmapEngine(devices, step, in_flight=1 if simulated else 8)
+    return PmapEngine(devices, step, steps_in_flight(devices))

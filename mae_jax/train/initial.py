@@ -1,49 +1,44 @@
-"""What a run starts from: random weights, or those of another model."""
+"""Weights of another model to start from."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mae_jax.config import ModelConfig, PretrainConfig
+from mae_jax.config import ModelConfig
 from mae_jax.errors import StatedError
 from mae_jax.port.inference import Hints
 from mae_jax.port.reading import read_weights
-from mae_jax.train.steps import Params, TrainState, init_state
+from mae_jax.train.steps import Params, TrainState
 
 
-def initial_state(config: PretrainConfig, say: Callable[[str], None]) -> TrainState:
-    """The state before the first step; with `config.init`, the weights found there in place of random ones.
+def start_from(source: str, state: TrainState, model: ModelConfig, say: Callable[[str], None]) -> TrainState:
+    """The state before the first step with the weights of `source`, wherever its arrays lie.
 
     A decoder that the source does not have, or has in another size, stays random; positions are fitted to the image.
 
     Raises:
       StatedError: there are no such weights, or their encoder is another one.
     """
-    state = init_state(config)
-    if config.init is None:
-        return state
-    model = config.model
-    hints = Hints(model.encoder.heads, model.decoder.heads)
-    weights = read_weights(config.init, hints, image_size=model.image_size)
+    weights = read_weights(source, Hints(model.encoder.heads, model.decoder.heads), image_size=model.image_size)
     found = weights.config if isinstance(weights.config, ModelConfig) else weights.config.model
     for note in weights.notes:
-        say(f"{config.init}: {note}")
-    encoder = weights.params["encoder"]
-    wrong = _differing(encoder, state.params["encoder"])
-    if wrong:
-        raise StatedError(f"init {config.init} has another encoder than this run: {wrong[0]} ({len(wrong)} differ)")
-    params = state.params | {"encoder": _like(encoder, state.params["encoder"])}
-    if "decoder" in weights.params and not _differing(weights.params["decoder"], state.params["decoder"]):
-        params |= {"decoder": _like(weights.params["decoder"], state.params["decoder"])}
-        say(f"starting from the encoder and the decoder of {config.init}")
-    else:
-        say(f"starting from the encoder of {config.init}; the decoder is new")
+        say(f"{source}: {note}")
     if found.positions != model.positions:
         raise StatedError(
-            f"init {config.init} has positions {found.positions}, this run {model.positions}: "
+            f"init {source} has positions {found.positions}, this run {model.positions}: "
             f"continue with --model.positions {found.positions}"
         )
+    wrong = _differing(weights.params["encoder"], state.params["encoder"])
+    if wrong:
+        raise StatedError(f"init {source} has another encoder than this run: {wrong[0]} ({len(wrong)} differ)")
+    params = state.params | {"encoder": _like(weights.params["encoder"], state.params["encoder"])}
+    if "decoder" in weights.params and not _differing(weights.params["decoder"], state.params["decoder"]):
+        params |= {"decoder": _like(weights.params["decoder"], state.params["decoder"])}
+        say(f"starting from the encoder and the decoder of {source}")
+    else:
+        say(f"starting from the encoder of {source}; the decoder is new")
     return state._replace(params=params, average=None if state.average is None else jax.tree.map(jnp.copy, params))
 
 
@@ -62,4 +57,5 @@ def _differing(given: Params, wanted: Params) -> list[str]:
 
 
 def _like(given: Params, wanted: Params) -> Params:
-    return jax.tree.map(lambda values, like: jnp.asarray(values, like.dtype), given, wanted)
+    """The given values in the dtype and place of the wanted ones."""
+    return jax.tree.map(lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), given, wanted)

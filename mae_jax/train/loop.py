@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import signal
 import time
 from collections import deque
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from mae_jax import rng
 from mae_jax.config import PretrainConfig
 from mae_jax.data.broken import BrokenFiles
 from mae_jax.data.evaluation import load_samples
@@ -23,39 +21,19 @@ from mae_jax.data.pipeline import TrainingBatch, training_batches
 from mae_jax.data.sources import Source, absolute, open_source
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.reconstruction import draw, reconstruct, sample_noise
+from mae_jax.train.agreement import check_agreement, claim_together
+from mae_jax.train.build import Length, build_engine, run_length, state_shapes
 from mae_jax.train.checkpoint import Checkpoints
-from mae_jax.train.engines import PmapEngine, choose_devices, pmap_engine
-from mae_jax.train.initial import initial_state
-from mae_jax.train.metrics import RunLog
+from mae_jax.train.engines import Engine
+from mae_jax.train.hosts import Hosts
+from mae_jax.train.initial import start_from
+from mae_jax.train.metrics import RunLog, SilentLog
 from mae_jax.train.signals import StopRequest
-from mae_jax.train.steps import Batch, Metrics, Params, TrainState, init_state, make_step
-from mae_jax.train.workdir import claim
+from mae_jax.train.steps import Batch, Metrics, Params, TrainState, init_state
+from mae_jax.train.workdir import find_checkpoint
 
+ALONE = Hosts()
 PICTURED = 8  # images in the pictures of reconstructions
-
-
-class Length(NamedTuple):
-    """How long a run is: `steps` updates, which are `epochs` epochs of `steps_per_epoch` (all but the first may be
-    fractional: the stream of examples runs on over the end of an epoch)."""
-
-    steps: int
-    steps_per_epoch: float
-    epochs: float
-
-
-def run_length(config: PretrainConfig, examples: int) -> Length:
-    """The length of a run on so many examples.
-
-    Raises:
-      StatedError: it would number more examples than a position can.
-    """
-    steps_per_epoch = examples / config.batch_size
-    steps = config.steps if config.steps is not None else max(1, math.ceil(config.epochs * steps_per_epoch))
-    if steps * config.batch_size > rng.MAX_POSITION:
-        raise StatedError(
-            f"steps {steps} x batch_size {config.batch_size} is more than the {rng.MAX_POSITION} examples of one run"
-        )
-    return Length(steps, steps_per_epoch, steps / steps_per_epoch)
 
 
 class Finished(NamedTuple):
@@ -66,55 +44,60 @@ class Finished(NamedTuple):
     signal: signal.Signals | None
 
 
-def build_engine(config: PretrainConfig, length: Length) -> PmapEngine:
-    """The compiled step of a run on the devices that it asks for.
-
-    Raises:
-      StatedError: there are not so many devices, the batch does not divide, or float64 is not switched on.
-    """
-    if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise StatedError('precision float64 needs jax.config.update("jax_enable_x64", True) before the run')
-    return pmap_engine(
-        lambda axis: make_step(config, steps_per_epoch=length.steps_per_epoch, epochs=length.epochs, axis_name=axis),
-        choose_devices(config.devices),
-        config.batch_size,
-        config.accumulate,
-    )
-
-
-def pretrain(config: PretrainConfig) -> Finished:
-    """Pretrain, or go on pretraining, in `config.workdir`.
+def pretrain(config: PretrainConfig, hosts: Hosts = ALONE) -> Finished:
+    """Pretrain, or go on pretraining, in `config.workdir`; on several hosts, each of them calls this.
 
     SIGTERM and Ctrl-C end it after the step under way, with a checkpoint. Run again with the same configuration it
     continues from the newest checkpoint, and computes bit for bit what a run never stopped computes.
 
     Raises:
-      StatedError: the run cannot start, a loss or gradient norm is not finite, or too many files do not decode.
+      StatedError: the run cannot start, a loss or gradient norm is not finite, too many files do not decode, or the
+        folder cannot be written to.
     """
     config = dataclasses.replace(config, data=absolute(config.data))
     source = open_source(config.data, config.model.in_channels)
     length = run_length(config, len(source))
+    check_agreement(hosts, config, len(source))
     engine = build_engine(config, length)
-    workdir = claim(config, len(source))
+    workdir = claim_together(hosts, config, len(source))
+    hosts.explain(lambda: how_to_continue(config))
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config, len(source))))
-        like = jax.eval_shape(lambda: init_state(config))
-        state = checkpoints.restore_latest(like, engine.replicated, warn=lambda text: print(f"WARNING: {text}"))
+        stop = stack.enter_context(StopRequest(hosts.count))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config, len(source), hosts)))
+        shapes = state_shapes(config)
+        state = checkpoints.restore_latest(
+            shapes, engine.layout(shapes), warn=lambda text: print(f"WARNING: {text}", flush=True)
+        )
         if state is None:
-            state = engine.place(initial_state(config, say=print))
+            state = engine.begin(lambda: init_state(config))
+            if config.init is not None:
+                state = start_from(config.init, state, config.model, say=print if hosts.first else lambda text: None)
         start = int(state.step)
-        log = stack.enter_context(RunLog(workdir, start, length.steps))
-        log.say(describe(config, source, engine, state, length))
-        if config.optim.warmup_epochs > length.epochs:
-            log.say(
-                f"WARNING: optim.warmup_epochs {config.optim.warmup_epochs} is longer than the run's "
-                f"{length.epochs:.4g} epochs: the learning rate never reaches its peak"
-            )
-        return Run(config, source, length, engine, checkpoints, log, stop).go(state, start)
+        log: RunLog | SilentLog = RunLog(workdir, start, length.steps) if hosts.first else SilentLog(hosts.index)
+        stack.enter_context(log)
+        if hosts.first:
+            log.say(describe(config, source, engine, state, length))
+            if config.optim.warmup_epochs > length.epochs:
+                log.say(
+                    f"WARNING: optim.warmup_epochs {config.optim.warmup_epochs} is longer than the run's "
+                    f"{length.epochs:.4g} epochs: the learning rate never reaches its peak"
+                )
+        return Run(config, source, length, engine, checkpoints, log, stop, hosts).go(state, start)
 
 
-def describe(config: PretrainConfig, source: Source, engine: PmapEngine, state: TrainState, length: Length) -> str:
+def how_to_continue(config: PretrainConfig) -> str:
+    """What to do when another host is gone."""
+    try:
+        start = f"from step {find_checkpoint(config.workdir).name}"
+    except StatedError:
+        start = "from the beginning, since there is no checkpoint yet"
+    return (
+        f"Run the same command again: it continues {start} in {config.workdir}, on fewer hosts if need be, as long as "
+        f"batch_size {config.batch_size} divides by devices x accumulate {config.accumulate}."
+    )
+
+
+def describe(config: PretrainConfig, source: Source, engine: Engine, state: TrainState, length: Length) -> str:
     """What is about to run."""
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return (
@@ -122,6 +105,18 @@ def describe(config: PretrainConfig, source: Source, engine: PmapEngine, state: 
         f"({length.epochs:.4g} epochs of {len(source):,} images): {count:,} parameters, batch {config.batch_size} "
         f"on {len(engine.devices)} x {engine.devices[0].device_kind}, in {config.workdir}"
     )
+
+
+def nearby(params: Params) -> Params:
+    """Parameters on one device of this host where they lie whole on each, else as they are: cut over devices.
+
+    A cut model may be too large for one device; what is computed of it is then computed by all.
+    """
+    return jax.tree.map(lambda x: x.addressable_data(0), params) if _whole(params) else params
+
+
+def _whole(params: Params) -> bool:
+    return all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
 
 
 @dataclasses.dataclass
@@ -151,10 +146,11 @@ class Run:
     config: PretrainConfig
     source: Source
     length: Length
-    engine: PmapEngine
+    engine: Engine
     checkpoints: Checkpoints
-    log: RunLog
+    log: RunLog | SilentLog
     stop: StopRequest
+    hosts: Hosts
 
     def __post_init__(self) -> None:
         self.broken = BrokenFiles(self.source, self.log.say)
@@ -170,7 +166,14 @@ class Run:
         config, step = self.config, start
         in_flight: deque[Metrics] = deque()
         with contextlib.closing(
-            training_batches(self.source, config, start_step=start, stop_step=self.length.steps)
+            training_batches(
+                self.source,
+                config,
+                start_step=start,
+                stop_step=self.length.steps,
+                host=self.hosts.index,
+                hosts=self.hosts.count,
+            )
         ) as batches:
             for batch in self._timed(iter(batches)):
                 self.broken.update(batch["broken"])
@@ -182,8 +185,8 @@ class Run:
                 if len(in_flight) > self.engine.in_flight:
                     jax.block_until_ready(in_flight.popleft())
                 self.log.step_done()
-                stopped = self.stop.signal is not None  # asked once: it may come at any moment
-                last = step == self.length.steps or stopped
+                stopped = self.stop.after(step)
+                last = stopped or step == self.length.steps
                 if step % config.log_every == 0 or last:
                     self._log(step)
                 if step % config.save_every == 0 or last:
@@ -224,8 +227,7 @@ class Run:
 
     def _fail(self, step: int, reason: str) -> NoReturn:
         """End the run, which the parameters that went into `step` have ruined: their checkpoint is no good."""
-        for ruined in [saved for saved in self.checkpoints.steps() if saved >= step - 1]:
-            self.checkpoints.move_aside(ruined)
+        self.checkpoints.move_aside([saved for saved in self.checkpoints.steps() if saved >= step - 1])
         steps = self.checkpoints.steps()
         good = f"The last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "No checkpoint is good"
         raise StatedError(
@@ -246,8 +248,6 @@ class Run:
     def _picture(self, step: int, state: TrainState) -> None:
         model = self.config.model
         noise = sample_noise(self.config.seed, len(self.samples), model)
-        params = state.params if state.average is None else state.average
-        views = reconstruct(
-            jax.device_put(params, self.engine.devices[0]), self.samples, noise, model, self.config.augment
-        )
+        params = nearby(state.params if state.average is None else state.average)
+        views = reconstruct(params, self.samples, noise, model, self.config.augment)
         self.log.picture("reconstruction", step, np.asarray(draw(views, f"step {step}")))

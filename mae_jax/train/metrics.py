@@ -1,5 +1,6 @@
 """What a run says while it goes: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
 
+import contextlib
 import json
 import sys
 import time
@@ -8,10 +9,10 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from mae_jax.errors import StatedError
+from mae_jax.train.events import Events
 from mae_jax.train.workdir import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -37,6 +38,34 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     return rows
 
 
+class SilentLog:
+    """What a run says on hosts that do not write: only what concerns that host."""
+
+    def __init__(self, host: int) -> None:
+        self._host = host
+
+    def step_done(self) -> None:
+        """Nothing."""
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """A line that names the host."""
+        print(f"host {self._host}: {text}", flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing."""
+
+
 class RunLog:
     """Writes rows and pictures of the steps after `start`; rows of later steps, from before a restart, are dropped."""
 
@@ -44,7 +73,7 @@ class RunLog:
         rows = [row for row in read_metrics(workdir) if row["step"] <= start]
         write_atomically(workdir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = (workdir / METRICS_FILE).open("a", buffering=1)
-        self._events = SummaryWriter(str(workdir / EVENTS), purge_step=start + 1, write_to_disk=True)
+        self._events = Events(workdir / EVENTS, start)
         self._stop = stop
         self._began = time.monotonic(), start
         self._bar = None
@@ -57,10 +86,20 @@ class RunLog:
             self._bar.update()
 
     def row(self, step: int, values: dict[str, float]) -> None:
-        """One object into metrics.jsonl, its numbers into the event file, and a word to whoever watches."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        """One object into metrics.jsonl, its numbers into the event file, and a word to whoever watches.
+
+        Raises:
+          StatedError: the file cannot be written.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self._events.scalar(name, step, value)
+        except OSError as error:
+            raise StatedError(
+                f"{self._file.name} cannot be written: {error.strerror}. "
+                "Make room there, and run the same command again."
+            ) from error
         shown = {SHOWN[name]: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
         if self._bar is not None:
             self._bar.set_postfix(shown)
@@ -74,7 +113,8 @@ class RunLog:
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """A picture, uint8 (height, width, 3), into the event file."""
-        self._events.add_image(name, image, step, dataformats="HWC")
+        with contextlib.suppress(OSError):  # the next row says so; a picture is not worth a run
+            self._events.picture(name, step, image)
 
     def say(self, text: str) -> None:
         """A line for whoever watches, beside the progress bar."""
@@ -92,4 +132,5 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         self._events.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a row that could not be written, which has been said
+            self._file.close()

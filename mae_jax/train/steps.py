@@ -61,7 +61,8 @@ def loss_and_gradients(
 ) -> tuple[Float[Array, ""], Params]:
     """The loss and its gradient, averaged over `accumulate` equal parts of the batch that run one after another.
 
-    Every example hides as many patches as any other, so the mean of the parts' means is the mean of the batch.
+    Every example hides as many patches as any other, so the mean of the parts' means is the mean of the batch. A part
+    takes every `accumulate`-th row: where the rows are cut over devices, it has as many of each device.
     """
 
     def loss_of(params: Params, images: Images, noise: Float[Array, "batch patches"]) -> Float[Array, ""]:
@@ -70,7 +71,7 @@ def loss_and_gradients(
     value_and_grad = jax.value_and_grad(loss_of)
     if accumulate == 1:
         return value_and_grad(params, images, noise)
-    parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (images, noise))
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (images, noise))
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], parts)))
 
     def add(total: Params, part: tuple[Images, Float[Array, "batch patches"]]) -> tuple[Params, None]:

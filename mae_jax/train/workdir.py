@@ -107,16 +107,17 @@ def read_record(checkpoint: Path) -> Record:
     return Record(config_from_dict(config, checkpoint), fingerprint, record.get("examples"))
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their whole names, as the command line has them."""
+    rows: dict[str, Any] = {}
+    for key, value in values.items():
+        rows |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return rows
+
+
 def differences(old: PretrainConfig, new: PretrainConfig) -> list[tuple[str, Any, Any]]:
     """Fields that change what is computed and differ: (name, old value, new value)."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        rows: dict[str, Any] = {}
-        for key, value in values.items():
-            rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return rows
-
-    olds, news = flat(config_to_dict(old)), flat(config_to_dict(new))
+    olds, news = flatten(config_to_dict(old)), flatten(config_to_dict(new))
     return [(key, olds[key], news[key]) for key in olds if key not in OPERATIONAL and olds[key] != news[key]]
 
 

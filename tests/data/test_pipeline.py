@@ -104,6 +104,19 @@ def test_continuing_at_any_step_is_the_same_stream(batch_size: int) -> None:
         assert digest(read(source, config, start, 6)) == digest(rest)
 
 
+@pytest.mark.parametrize(("batch_size", "hosts"), [(8, 2), (8, 8), (96, 2), (12, 3)])
+def test_hosts_read_the_rows_of_one_batch_between_them(batch_size: int, hosts: int) -> None:
+    config = replace(CONFIG, batch_size=batch_size)
+    whole = read(Numbered(50), config, 3, 7)
+    shares = []
+    for host in range(hosts):
+        with training_batches(Numbered(50), config, start_step=3, stop_step=7, host=host, hosts=hosts) as batches:
+            shares.append(list(batches))
+    together = [share[step] for step in range(4) for share in shares]
+    assert all(len(share["position"]) == batch_size // hosts for share in together)
+    assert digest(join(together)) == digest(whole)
+
+
 def test_a_late_step_costs_nothing() -> None:
     rows = read(Numbered(50), CONFIG, 10**8, 10**8 + 1)
     assert rows["position"].tolist() == list(range(8 * 10**8, 8 * 10**8 + 8))

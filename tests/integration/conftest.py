@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -31,8 +32,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Start `mae-jax ARGS`; compiled programs are kept between calls, so that a test costs seconds."""
     cache = tmp_path_factory.mktemp("compiled")
 
-    def call(*args: object, devices: int = 1) -> subprocess.Popen[str]:
-        environment = os.environ | {
+    def call(
+        *args: object, devices: int = 1, cwd: Path = ROOT, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.Popen[str]:
+        settings = {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -40,7 +43,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
         }
         command = [sys.executable, "-W", "error", "-m", "mae_jax.cli", *map(str, args)]
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **settings, **environment},
+            cwd=cwd,
         )
 
     return call

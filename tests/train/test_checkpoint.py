@@ -219,7 +219,7 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path, tiny, begin, bat
             state, metrics = two.step(state, two.put(batch))
             losses.append(float(metrics.loss))
 
-    state, _, _ = restore(config, tmp_path, four.place(begin(config)), four.replicated)
+    state, _, _ = restore(config, tmp_path, begin(config), four.layout(begin(config)))
     assert_same_bits(state, saved)
     assert {len(leaf.devices()) for leaf in jax.tree.leaves(state)} == {4}
     for batch, loss in zip(given[2:], losses, strict=True):

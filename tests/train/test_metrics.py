@@ -1,12 +1,13 @@
 """metrics.jsonl across restarts, and what is said on the way."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mae_jax.errors import StatedError
-from mae_jax.train.metrics import EVENTS, METRICS_FILE, RunLog, read_metrics
+from mae_jax.train.metrics import EVENTS, METRICS_FILE, RunLog, SilentLog, read_metrics
 
 
 def write_run(workdir, start, stop, *, loss=1.0):
@@ -83,3 +84,22 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
     (tmp_path / METRICS_FILE).write_text('{"step": 1}\ngarbage\n')
     with pytest.raises(StatedError, match=r"metrics.jsonl, line 2, is not JSON .*: mend or remove it"):
         read_metrics(tmp_path)
+
+
+def test_a_full_disk_is_said_in_a_sentence(tmp_path):
+    """/dev/full takes nothing."""
+    with RunLog(tmp_path, 0, 3) as log:
+        log._file.close()
+        log._file = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
+        with pytest.raises(StatedError, match=r"/dev/full cannot be written: No space left on device\. Make room"):
+            log.row(1, {"loss": 1.0})
+
+
+def test_other_hosts_write_nothing(tmp_path, capsys):
+    with SilentLog(3) as log:
+        log.step_done()
+        log.row(1, {"loss": 1.0})
+        log.picture("x", 1, np.zeros((4, 4, 3), np.uint8))
+        log.say("a file is broken")
+    assert capsys.readouterr().out == "host 3: a file is broken\n"
+    assert list(tmp_path.iterdir()) == []

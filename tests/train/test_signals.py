@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from jax.experimental import multihost_utils
 
 from mae_jax.train.signals import SIGNALS, StopRequest
 
@@ -45,3 +46,24 @@ def test_handlers_are_put_back(own_handlers):
     with pytest.raises(RuntimeError, match="inside"), StopRequest():
         raise RuntimeError("inside")
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_alone_a_signal_stops_after_the_next_step(own_handlers):
+    with StopRequest() as stop:
+        assert not stop.after(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.after(2)
+
+
+def test_among_hosts_all_stop_where_the_service_says(own_handlers, monkeypatch):
+    """SIGTERM is the service's own to catch, and Ctrl-C is handed to it as one."""
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 9)
+    with StopRequest(hosts=2) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert own_handlers == [signal.SIGTERM]
+        assert not stop.after(8)
+        assert stop.after(9)
+        assert stop.signal == signal.SIGINT
+    with StopRequest(hosts=2) as stop:
+        assert stop.after(9)
+        assert stop.signal == signal.SIGTERM

@@ -1,0 +1,102 @@
+"""Engines `jit` and `fsdp`: one program for all devices of all hosts, cut by the compiler along a mesh.
+
+The mesh has two axes, DATA and SHARD, and every device gets its own rows of the batch. Engine `jit` is a SHARD axis of
+one device: the state lies whole on each. Under `fsdp` each matrix of the state, and with it each gradient, is cut over
+the SHARD axis (ZeRO stage 3, Rajbhandari et al. 2019): the compiler gathers a layer's weights where they are used.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mae_jax.errors import StatedError
+from mae_jax.train.engines import check_divides, steps_in_flight
+from mae_jax.train.steps import Batch, Metrics, Step, TrainState
+
+DATA, SHARD = "data", "shard"
+
+Tree = TypeVar("Tree")
+
+
+def make_mesh(devices: list[jax.Device], fsdp: int) -> Mesh:
+    """Devices in order, `fsdp` neighbours to a group that shares one copy of the state.
+
+    Raises:
+      StatedError: they do not make such groups.
+    """
+    if fsdp > len(devices):
+        raise StatedError(f"fsdp {fsdp} needs as many devices, there are {len(devices)}")
+    if len(devices) % fsdp:
+        nearest = max(n for n in range(1, fsdp) if len(devices) % n == 0)
+        raise StatedError(
+            f"fsdp {fsdp} does not divide {len(devices)} devices (the largest below that does: {nearest})"
+        )
+    return Mesh(np.array(devices).reshape(-1, fsdp), (DATA, SHARD))
+
+
+def cut(shape: tuple[int, ...], count: int) -> PartitionSpec:
+    """Which dimension of an array of the state is cut in `count`: the longest that divides.
+
+    Vectors stay whole: they are a thousandth of the state, and each would cost a message of its own.
+    """
+    candidates = [axis for axis, size in enumerate(shape) if size % count == 0]
+    if len(shape) < 2 or count == 1 or not candidates:
+        return PartitionSpec()
+    longest = max(candidates, key=lambda axis: shape[axis])
+    return PartitionSpec(*[None] * longest, SHARD)
+
+
+@dataclass(frozen=True)
+class MeshEngine:
+    """A step over all devices of a mesh, some of which may be other hosts'."""
+
+    mesh: Mesh
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    in_flight: int
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        return list(self.mesh.devices.flat)
+
+    def layout(self, tree: Any) -> Any:
+        """The sharding of each array of a state, or of shapes."""
+        return layout(self.mesh, tree)
+
+    def place(self, state: Tree) -> Tree:
+        """Lay out a whole state that every host has."""
+        return jax.device_put(state, self.layout(state))
+
+    def begin(self, init: Callable[[], Tree]) -> Tree:
+        """Compute a state where it is to lie: no device holds more than its part."""
+        return jax.jit(init, out_shardings=self.layout(jax.eval_shape(init)))()
+
+    def put(self, batch: Batch) -> Batch:
+        """This host's rows of a batch (those of the first host come first) to its devices; starts the transfer."""
+        rows = NamedSharding(self.mesh, PartitionSpec((DATA, SHARD)))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), batch)
+
+
+def layout(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of each array of a state, or of shapes, on a mesh."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, cut(x.shape, mesh.shape[SHARD])), tree)
+
+
+def mesh_engine(
+    step: Step, state: TrainState, devices: list[jax.Device], batch_size: int, accumulate: int, fsdp: int = 1
+) -> MeshEngine:
+    """Compile a step that averages over no axis of its own; the state is donated.
+
+    state: shapes, as of jax.eval_shape. fsdp: devices that one copy of the state is cut over.
+
+    Raises:
+      StatedError: the batch does not divide, or the devices do not.
+    """
+    mesh = make_mesh(devices, fsdp)
+    check_divides(batch_size, len(devices), accumulate)
+    whole = NamedSharding(mesh, PartitionSpec())
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(layout(mesh, state), whole))
+    return MeshEngine(mesh, compiled, steps_in_flight(devices))

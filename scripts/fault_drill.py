@@ -1,0 +1,273 @@
+"""Break a short run in every way that a machine knows, start it again, and see that nothing is lost.
+
+    python scripts/fault_drill.py                       # 50 faults
+    python scripts/fault_drill.py --count 6 --seed 3    # one of each kind
+
+A trial is a run of the bundled digits in a folder of its own, one fault at a random step, and the same command again to
+the end. It has survived if its final state equals, bit for bit, that of a run never stopped, if every step stands once
+in metrics.jsonl with that run's numbers, and if the fault was met as it should be: with the right exit code, and where
+the program could speak, a sentence and no traceback. Exits with 1 if a trial has not survived.
+"""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+STEPS, SAVE_EVERY = 120, 10
+COMMAND = [
+    *(sys.executable, "-m", "mae_jax.cli", "pretrain", "digits"),
+    *("--model.encoder.width=32", "--model.encoder.depth=2"),
+    *("--model.decoder.width=16", "--model.decoder.depth=1", "--model.decoder.heads=2"),
+    *("--batch-size=32", "--log-every=1", "--reconstruct-every=None", "--devices=1"),
+    *("--optim.base-lr=0.02", "--optim.warmup-epochs=0.05", "--optim.ema-decay=0.9"),
+    *(f"--steps={STEPS}", f"--save-every={SAVE_EVERY}"),
+]
+# Runs the command after it without root's right to write where it may not (CAP_DAC_OVERRIDE, prctl(2)).
+OBEY_PERMISSIONS = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+PATIENCE = 300  # seconds for a run to get where it should, or to end
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Faults at random steps of a short run: survived / tried."""
+
+    count: int = 50
+    seed: int = 0
+    minutes: float = 60.0
+    """No new trial after this time."""
+
+
+@dataclass
+class Trial:
+    """One run and what happens to it."""
+
+    workdir: Path
+    step: int
+    process: subprocess.Popen[str] | None = None
+
+    def start(self, *prefix: str) -> None:
+        """Start the run, or go on with it."""
+        command = [*prefix, *COMMAND, f"--workdir={self.workdir}"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def at_step(self) -> None:
+        """Wait until the run has logged its step."""
+        metrics = self.workdir / "metrics.jsonl"
+        self.wait_for(lambda: metrics.exists() and f'"step": {self.step},' in metrics.read_text())
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Wait for a condition, while the run goes on.
+
+        Raises:
+          Missed: the run was over before.
+          TimeoutError: it took too long.
+        """
+        assert self.process is not None
+        until = time.monotonic() + PATIENCE
+        while not condition():
+            if self.process.poll() is not None:
+                raise Missed
+            if time.monotonic() > until:
+                raise TimeoutError(f"step {self.step} did not come within {PATIENCE} s")
+            time.sleep(0.0005)
+
+    def end(self, code: int, says: str = "") -> None:
+        """Wait for the end of the run, which must be as expected.
+
+        Raises:
+          Missed: the run ended as if nothing had happened.
+          AssertionError: it ended in another way.
+        """
+        assert self.process is not None
+        out, err = self.process.communicate(timeout=PATIENCE)
+        found = self.process.returncode
+        if found == 0 != code:
+            raise Missed
+        if found != code or says not in out + err or "Traceback" in err:
+            raise AssertionError(f"exit code {found} for {code}, and said: {(out + err)[-2000:]}")
+
+
+class Missed(Exception):
+    """The run was over before the fault could happen: no trial."""
+
+
+def terminated(trial: Trial) -> None:
+    """SIGTERM."""
+    trial.start()
+    trial.at_step()
+    trial.process.terminate()
+    trial.end(143, "stopped by SIGTERM; to continue: ")
+
+
+def killed(trial: Trial) -> None:
+    """SIGKILL."""
+    trial.start()
+    trial.at_step()
+    trial.process.kill()
+    trial.end(-signal.SIGKILL)
+
+
+def killed_in_a_save(trial: Trial) -> None:
+    """SIGKILL while a checkpoint is being written."""
+    trial.start()
+    trial.at_step()
+    folder = trial.workdir / "checkpoints"
+    trial.wait_for(lambda: any("tmp" in name for name in os.listdir(folder)))
+    trial.process.kill()
+    trial.end(-signal.SIGKILL)
+    if not any("tmp" in name for name in os.listdir(folder)):
+        raise Missed
+
+
+def cut_short(trial: Trial) -> None:
+    """SIGKILL, and the largest file of the newest checkpoint loses its second half."""
+    trial.start()
+    trial.at_step()
+    trial.process.kill()
+    trial.end(-signal.SIGKILL)
+    newest = max((p for p in (trial.workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def full_disk(trial: Trial) -> None:
+    """No space left for a while: on a disk of its own where one may be mounted, else no file of the run may grow."""
+    with small_disk(trial.workdir) as mounted:
+        trial.start()
+        trial.at_step()
+        filler = trial.workdir / "filler"
+        if mounted:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(2**16)):
+                    pass
+        else:
+            hard = resource.prlimit(trial.process.pid, resource.RLIMIT_FSIZE)[1]
+            resource.prlimit(trial.process.pid, resource.RLIMIT_FSIZE, (0, hard))
+        trial.end(1, "cannot be written")
+        filler.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def small_disk(workdir: Path) -> Iterator[bool]:
+    """A folder on 64 MB of memory, whose content is kept; False where mounting is not allowed."""
+    workdir.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(workdir)]
+    mounted = subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield mounted
+        if mounted:
+            shutil.copytree(workdir, f"{workdir}.kept")
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(workdir)], check=True)
+            if Path(f"{workdir}.kept").exists():
+                workdir.rmdir()
+                Path(f"{workdir}.kept").rename(workdir)
+
+
+def read_only(trial: Trial) -> None:
+    """The folder can be read alone, for a while."""
+    trial.start(sys.executable, "-c", OBEY_PERMISSIONS)
+    trial.at_step()
+    folders = [trial.workdir, *(path for path in trial.workdir.rglob("*") if path.is_dir())]
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):  # what was still being written
+            folder.chmod(0o555)
+    trial.end(1, "cannot be written")
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            folder.chmod(0o755)
+
+
+FAULTS = [terminated, killed, killed_in_a_save, full_disk, cut_short, read_only]
+
+
+def outcome(workdir: Path) -> tuple[dict[int, tuple[float, float]], dict[str, int], list[bytes]]:
+    """Loss and gradient norm by step; the fingerprint of each array of the final state; the final parameters.
+
+    Raises:
+      AssertionError: a step stands twice, or is missing.
+    """
+    import jax
+    import numpy as np
+
+    from mae_jax.train.checkpoint import load_params
+    from mae_jax.train.workdir import find_checkpoint, read_record
+
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    if [row["step"] for row in rows] != list(range(1, STEPS + 1)):
+        raise AssertionError(f"metrics.jsonl does not hold steps 1 to {STEPS}, each once and in order")
+    _, params, step = load_params(workdir)
+    if step != STEPS:
+        raise AssertionError(f"the last checkpoint is of step {step}, not {STEPS}")
+    numbers = {row["step"]: (row["loss"], row["grad_norm"]) for row in rows}
+    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+    return numbers, read_record(find_checkpoint(workdir))[1], arrays
+
+
+def survive(trial: Trial, fault: Callable[[Trial], None], expected: tuple) -> None:
+    """One trial.
+
+    Raises:
+      Missed: the fault came too late.
+      AssertionError: something was lost.
+    """
+    fault(trial)
+    trial.start()
+    trial.end(0)
+    for what, found, wanted in zip(("metrics", "state", "parameters"), outcome(trial.workdir), expected, strict=True):
+        if found != wanted:
+            raise AssertionError(f"the {what} are not those of a run never stopped")
+
+
+def main() -> int:
+    """Print a line for each trial, then survived / tried."""
+    arguments = tyro.cli(Arguments)
+    began, draw, survived, tried = time.monotonic(), random.Random(arguments.seed), 0, 0
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{scratch}/compiled"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        whole = Trial(Path(scratch, "whole"), STEPS)
+        whole.start()
+        whole.end(0)
+        expected = outcome(whole.workdir)
+        while tried < arguments.count and time.monotonic() - began < 60 * arguments.minutes:
+            fault = FAULTS[tried % len(FAULTS)]
+            # From where there are two checkpoints, so that there is one to go back to.
+            trial = Trial(Path(scratch, f"{tried}"), draw.randint(3 * SAVE_EVERY, STEPS - SAVE_EVERY))
+            try:
+                survive(trial, fault, expected)
+                told = "survived"
+                survived += 1
+            except Missed:
+                told = "came too late, once more"
+                tried -= 1
+            except (AssertionError, TimeoutError, subprocess.TimeoutExpired) as error:
+                told = f"LOST: {error}"
+            finally:
+                if trial.process is not None and trial.process.poll() is None:
+                    trial.process.kill()
+            tried += 1
+            print(f"{tried:3} {fault.__name__:16} at step {trial.step:3}: {told}", flush=True)
+            shutil.rmtree(trial.workdir, ignore_errors=True)
+    print(f"survived {survived} / tried {tried}")
+    return int(survived < tried)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

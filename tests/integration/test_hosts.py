@@ -1,0 +1,203 @@
+"""Several real processes as hosts of one run, over this machine's loopback."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mae_jax.train.checkpoint import load_params
+
+from .conftest import ROOT, TINY, Run, Start
+from .test_pretrain import rows
+from .test_resume import has_step, wait_for
+
+STEPS = 80
+ARGUMENTS = ["pretrain", "digits", *TINY, f"--steps={STEPS}", "--save-every=5", "--optim.ema-decay=0.9"]
+Outcome = list[tuple[int, str, str]]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def start_hosts(
+    start: Start, count: int, *args: object, own: Sequence[Sequence[object]] = ()
+) -> list[subprocess.Popen]:
+    """Start `count` hosts with the same arguments, and those of its own for each."""
+    port = free_port()
+    common = [*args, f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
+    return [start(*common, f"--process-id={host}", *(own[host] if own else ())) for host in range(count)]
+
+
+def finish(processes: list[subprocess.Popen]) -> Outcome:
+    """Exit code, output and errors of each."""
+    try:
+        told = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+
+
+def losses(workdir: Path) -> list[float]:
+    found = rows(workdir)
+    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
+    return [row["loss"] for row in found]
+
+
+def weights(workdir: Path) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_params(workdir)[1])]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    np.testing.assert_allclose(losses(other), losses(one), rtol=1e-6)
+    assert len(losses(one)) == STEPS
+
+
+@pytest.fixture(scope="module")
+def never_stopped(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On one host and one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    done = run(*ARGUMENTS, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_two_hosts_of_two_devices_compute_what_one_computes(start: Start, never_stopped: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    port = free_port()
+    common = [*ARGUMENTS, "--engine=fsdp", "--fsdp=2", "--reconstruct-every=30", f"--workdir={workdir}"]
+    common += [f"--coordinator=127.0.0.1:{port}", "--num-processes=2"]
+    done = finish([start(*common, f"--process-id={host}", devices=2) for host in (0, 1)])
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert_same_run(never_stopped, workdir)
+    assert "on 4 x cpu" in done[0][1]
+    assert "loss" not in done[1][1]
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert not list(workdir.glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """Four hosts, of which the third gets SIGTERM."""
+    workdir = tmp_path_factory.mktemp("four") / "run"
+    processes = start_hosts(start, 4, *ARGUMENTS, "--engine=fsdp", f"--workdir={workdir}")
+    wait_for(lambda: has_step(workdir, 7) or any(process.poll() is not None for process in processes))
+    processes[2].send_signal(signal.SIGTERM)
+    return workdir, finish(processes)
+
+
+def test_a_signal_to_one_host_stops_all_at_one_step(stopped: tuple[Path, Outcome]) -> None:
+    workdir, done = stopped
+    assert [code for code, _, _ in done] == [143] * 4, done
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert saved == len(losses(workdir)) < STEPS
+    for _, out, err in done:
+        assert f"step {saved} is saved" in out
+        assert "stopped by SIGTERM; to continue: mae-jax pretrain digits" in out
+        assert "Traceback" not in err
+
+
+def test_what_four_hosts_saved_goes_on_on_one(
+    run: Run, stopped: tuple[Path, Outcome], never_stopped: Path, tmp_path: Path
+) -> None:
+    workdir = shutil.copytree(stopped[0], tmp_path / "run")
+    assert run("reconstruct", workdir, f"--out={tmp_path}/grid.png", "--samples=2").returncode == 0
+    done = run(*ARGUMENTS, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert "continuing at step" in done.stdout
+    assert_same_run(never_stopped, workdir)
+    largest = max(np.abs(leaf).max() for leaf in weights(never_stopped))
+    for found, expected in zip(weights(workdir), weights(never_stopped), strict=True):
+        # The key's bias has no gradient but rounding, which AdamW magnifies (train/test_engines.py).
+        assert np.abs(found - expected).max() < (1e-6 if found.ndim > 1 else 1e-2) * largest
+
+
+def test_what_four_hosts_saved_goes_on_on_two_although_the_newest_is_broken(
+    start: Start, stopped: tuple[Path, Outcome], never_stopped: Path, tmp_path: Path
+) -> None:
+    workdir = shutil.copytree(stopped[0], tmp_path / "run")
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    data = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    done = finish(start_hosts(start, 2, *ARGUMENTS, "--engine=jit", f"--workdir={workdir}"))
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert all(f"{newest} is broken and skipped" in out for _, out, _ in done)
+    assert_same_run(never_stopped, workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "said"),
+    [(0, "the connection to host 0 of 2 is lost"), (1, "host 1 of 2 has not been heard of for 30 s")],
+)
+def test_a_host_that_dies_ends_the_other_which_goes_on_alone(
+    start: Start, run: Run, never_stopped: Path, tmp_path: Path, victim: int, said: str
+) -> None:
+    workdir = tmp_path / "run"
+    processes = start_hosts(start, 2, *ARGUMENTS, "--engine=jit", f"--workdir={workdir}")
+    wait_for(lambda: has_step(workdir, 12) or any(process.poll() is not None for process in processes))
+    processes[victim].kill()
+    began = time.monotonic()
+    code, _, err = finish(processes)[1 - victim]
+    assert time.monotonic() - began < 120
+    assert code == 1
+    assert f"mae-jax: {said}" in err
+    assert re.search(rf"it continues from step \d+ in {workdir}, on fewer hosts if need be", err)
+    assert run(*ARGUMENTS, f"--workdir={workdir}").returncode == 0
+    assert_same_run(never_stopped, workdir)
+
+
+def test_hosts_that_differ_are_refused(start: Start, tmp_path: Path) -> None:
+    """In configuration, in data and in code; every one of them says in what."""
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "mae_jax", other / "mae_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "mae_jax" / "rng.py").open("a") as file:
+        file.write("# Another version.\n")
+    port = free_port()
+    common = [*ARGUMENTS, "--engine=jit", f"--workdir={tmp_path}/run"]
+    common += [f"--coordinator=127.0.0.1:{port}", "--num-processes=2"]
+    first = start(*common, "--process-id=0")
+    path = {"PYTHONPATH": str(other)}
+    second = start(*common, "--process-id=1", "--seed=5", "--batch-size=64", cwd=other, environment=path)
+    for code, _, err in finish([first, second]):
+        assert code == 1
+        assert "the hosts do not run the same: batch_size: 32 on host 0, 64 on host 1; mae_jax code: " in err
+        assert "; seed: 0 on host 0, 5 on host 1. Start all of them alike." in err
+        assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_that_cannot_start_tells_the_others(start: Start, tmp_path: Path) -> None:
+    own = [[f"--data=folder:{tmp_path}/nowhere"], []]
+    done = finish(start_hosts(start, 2, *ARGUMENTS, "--engine=jit", f"--workdir={tmp_path}/run", own=own))
+    assert [code for code, _, _ in done] == [1, 1]
+    assert f"{tmp_path}/nowhere" in done[0][2]
+    assert f"mae-jax: host 0 of 2 has failed: {done[0][2].splitlines()[-1].removeprefix('mae-jax: ')}" in done[1][2]
+
+
+def test_slurm_tells_who_takes_part(start: Start, tmp_path: Path) -> None:
+    """By its variables; the engine is refused, which shows that both were there."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    job |= {"SLURM_STEP_NUM_TASKS": "2"}
+    processes = [
+        start(
+            *[*ARGUMENTS, f"--workdir={tmp_path}/run"],
+            environment=job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+        )
+        for task in (0, 1)
+    ]
+    done = finish(processes)
+    assert [code for code, _, _ in done] == [1, 1], done
+    assert all("engine pmap works on one host, these are 2: give --engine jit or fsdp" in err for _, _, err in done)

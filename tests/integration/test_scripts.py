@@ -1,0 +1,24 @@
+"""The scripts that try what the README claims, in short."""
+
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import ROOT
+
+
+@pytest.mark.slow
+def test_nothing_is_lost() -> None:
+    command = [sys.executable, "scripts/fault_drill.py", "--count=6", "--seed=1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert "survived 6 / tried 6" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.slow
+def test_every_engine_computes_what_one_device_computes() -> None:
+    command = [sys.executable, "scripts/compare_engines.py", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(", within ") == 2
