@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 from mae_jax.train import loop
 
@@ -22,10 +23,13 @@ def test_a_stopped_run_draws_no_picture(tiny, tmp_path, monkeypatch):
     """Whoever stops it waits for the checkpoint alone."""
     drawn = []
     monkeypatch.setattr(loop.Run, "_picture", lambda run, step, state: drawn.append(step))
-    monkeypatch.setattr(loop.StopRequest, "signal", loop.signal.SIGTERM, raising=False)
-    monkeypatch.setattr(loop.StopRequest, "__init__", lambda stop: None)
-    monkeypatch.setattr(loop.StopRequest, "__enter__", lambda stop: stop)
-    monkeypatch.setattr(loop.StopRequest, "__exit__", lambda stop, *error: None)
+
+    class AtOnce(loop.StopRequest):
+        def after(self, step):
+            self.signal = signal.SIGTERM
+            return True
+
+    monkeypatch.setattr(loop, "StopRequest", AtOnce)
     config = dataclasses.replace(
         tiny(), steps=6, reconstruct_every=1, devices=1, workers=0, workdir=str(tmp_path / "run")
     )
