@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mae_jax.data.pictures import Decoded
 from mae_jax.errors import StatedError
 
 _FILE = Path(__file__).with_name("digits.npz")
@@ -41,6 +42,9 @@ class DigitsSource:
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
+
+    def picture(self, index: int) -> Decoded:
+        return Decoded(self.load(index))
 
     def load(self, index: int) -> Image.Image:
         """Image `index`, 8x8, in this source's mode (`L` or `RGB`)."""

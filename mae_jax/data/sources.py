@@ -7,6 +7,7 @@ from PIL import Image
 from mae_jax.data.decoding import mode_for
 from mae_jax.data.digits import DigitsSource
 from mae_jax.data.folder import FolderSource
+from mae_jax.data.pictures import Picture
 from mae_jax.errors import StatedError
 
 
@@ -25,8 +26,15 @@ class Source(Protocol):
     def label(self, index: int) -> int:
         """The image's class as an index into `class_names`, or -1."""
 
+    def picture(self, index: int) -> Picture:
+        """The image in its own size, mode `L` or `RGB`, decoded when it is cropped.
+
+        Raises:
+          BrokenImage: there is no image.
+        """
+
     def load(self, index: int) -> Image.Image:
-        """The image in its own size, mode `L` or `RGB`.
+        """The same image, decoded.
 
         Raises:
           BrokenImage: it does not decode.

@@ -144,7 +144,9 @@ class Run:
         ) as batches:
             for batch in self._timed(iter(batches)):
                 self.broken.update(batch["broken"])
-                state, metrics = self.engine.step(state, self.engine.put(Batch(batch["image"], batch["position"])))
+                state, metrics = self.engine.step(
+                    state, self.engine.put(Batch(batch["image"], batch["position"], batch.get("crop")))
+                )
                 step += 1
                 self.unread.append(metrics)
                 in_flight.append(metrics)

@@ -13,10 +13,11 @@ from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig
 from mae_jax.data import workers as processes
 from mae_jax.data.broken import BrokenFiles
 from mae_jax.data.decoding import BrokenImage
+from mae_jax.data.pictures import Decoded, to_array
 from mae_jax.data.pipeline import TrainingBatch, training_batches
 from mae_jax.data.reading import join, part_size
 from mae_jax.data.sources import Source, open_source
-from mae_jax.data.transforms import augment, to_array
+from mae_jax.data.transforms import augment
 from mae_jax.errors import StatedError
 from mae_jax.rng import host_generator
 
@@ -45,6 +46,9 @@ class Numbered:
         if index in self.broken:
             raise BrokenImage(self.name(index), "planted")
         return Image.new("RGB", (30, 20), (index, index, index))
+
+    def picture(self, index: int) -> Decoded:
+        return Decoded(self.load(index))
 
 
 def read(source: Source, config: PretrainConfig = CONFIG, start: int = 0, stop: int = 6) -> TrainingBatch:
@@ -122,7 +126,9 @@ def test_the_image_is_the_files_own_crop(make_folder: Callable[..., Path]) -> No
     originals = [source.load(i) for i in range(10)]
     for position, image, label in zip(rows["position"], rows["image"], rows["label"], strict=True):
         generators = [host_generator(CONFIG.seed, stream, int(position)) for stream in ("crop", "flip")]
-        candidates = [augment(original, CONFIG.augment, (16, 24), *map(_again, generators)) for original in originals]
+        candidates = [
+            augment(Decoded(original), CONFIG.augment, (16, 24), *map(_again, generators)) for original in originals
+        ]
         matches = [i for i, candidate in enumerate(candidates) if (candidate == image).all()]
         assert len(matches) == 1
         assert source.label(matches[0]) == label
@@ -167,7 +173,7 @@ def test_a_replacement_gets_the_crop_of_its_position(make_folder: Callable[..., 
     place = int(np.flatnonzero(rows["broken"] == 5)[0])
     generators = (host_generator(CONFIG.seed, stream, place) for stream in ("crop", "flip"))
     following = source.load(int(order[place + 1]))
-    assert (rows["image"][place] == augment(following, CONFIG.augment, (16, 24), *generators)).all()
+    assert (rows["image"][place] == augment(Decoded(following), CONFIG.augment, (16, 24), *generators)).all()
 
 
 class _WithoutPixels(Numbered):
@@ -255,12 +261,14 @@ def test_real_photographs(imagenet_sample: Path, workers: int) -> None:
     place, order = 7, read(source, replace(config, augment=AugmentConfig(crop="center", flip=False)), 0, 1)
     own = next(i for i in range(200) if _is_center_crop(source.load(i), order["image"][place]))
     generators = (host_generator(1, stream, place) for stream in ("crop", "flip"))
-    assert (rows["image"][place] == augment(source.load(own), config.augment, (224, 224), *generators)).all()
+    assert (rows["image"][place] == augment(Decoded(source.load(own)), config.augment, (224, 224), *generators)).all()
 
 
 def _is_center_crop(original: Image.Image, image: np.ndarray) -> bool:
     generators = (host_generator(0, stream, 0) for stream in ("crop", "flip"))
-    return bool((augment(original, AugmentConfig(crop="center", flip=False), (224, 224), *generators) == image).all())
+    return bool(
+        (augment(Decoded(original), AugmentConfig(crop="center", flip=False), (224, 224), *generators) == image).all()
+    )
 
 
 def test_digits_stream() -> None:
