@@ -5,6 +5,7 @@ Source: UCI Machine Learning Repository, "Optical Recognition of Handwritten Dig
 `digits.npz` holds the original values 0 .. 16 and the labels 0 .. 9.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,12 @@ class DigitsSource:
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
+
+    def file(self, index: int) -> bytes:
+        """The image as a PNG file."""
+        file = io.BytesIO()
+        self.load(index).save(file, "PNG")
+        return file.getvalue()
 
     def picture(self, index: int) -> Decoded:
         return Decoded(self.load(index))

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from mae_jax.data.decoding import decode
-from mae_jax.data.pictures import Picture, open_picture
+from mae_jax.data.pictures import Picture, open_picture, read_file
 from mae_jax.errors import StatedError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -49,6 +49,14 @@ class FolderSource:
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
+
+    def file(self, index: int) -> bytes:
+        """The contents of file `index`.
+
+        Raises:
+          BrokenImage: it cannot be read.
+        """
+        return read_file(self.name(index))
 
     def picture(self, index: int) -> Picture:
         """Image `index`, in this source's mode (`L` or `RGB`), in its own size.

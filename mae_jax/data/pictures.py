@@ -113,7 +113,7 @@ def open_picture(file: str | bytes, mode: str, name: str | None = None) -> Pictu
       BrokenImage: it cannot be opened or understood, or has more than MAX_PIXELS.
     """
     name = name or (file if isinstance(file, str) else "image")
-    data = _contents(file, name) if isinstance(file, str) else file
+    data = read_file(file) if isinstance(file, str) else file
     size_hw = plain_jpeg_size(data, mode)
     if size_hw is None or size_hw[0] * size_hw[1] > MAX_PIXELS:
         return Decoded(decode(data, mode, name))
@@ -165,9 +165,14 @@ def to_array(image: Image.Image) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _contents(path: str, name: str) -> bytes:
+def read_file(path: str) -> bytes:
+    """The contents of an image file.
+
+    Raises:
+      BrokenImage: it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise BrokenImage(name, os.strerror(error.errno) if error.errno is not None else str(error)) from error
+        raise BrokenImage(path, os.strerror(error.errno) if error.errno is not None else str(error)) from error

@@ -23,6 +23,8 @@ from mae_jax.data.transforms import augment, crop_box, flips
 from mae_jax.data.workers import default_readers
 from mae_jax.errors import StatedError
 
+_Row = dict[str, np.ndarray | np.generic]
+
 # So many broken files in a row are a disk that has gone, not files that are broken.
 _REPLACEMENTS = 64
 
@@ -112,13 +114,13 @@ class _Part:
         rows = [row for group in range(start, start + self.part) for row in self._rows(group)]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
-    def _rows(self, group: int) -> list[dict[str, np.ndarray | np.generic]]:
+    def _rows(self, group: int) -> list[_Row]:
         """The rows of one image."""
         own = self.order[group]
         repeats = self.config.repeats
         for skip in range(_REPLACEMENTS):
             shown = self.order[group + skip] if skip else own
-            about = {"label": np.int32(self.source.label(shown)), "broken": np.int64(-1 if shown == own else own)}
+            about: _Row = {"label": np.int32(self.source.label(shown)), "broken": np.int64(-1 if shown == own else own)}
             try:
                 picture = self.source.picture(shown)
                 return [
@@ -129,7 +131,7 @@ class _Part:
                 last = error
         raise StatedError(f"{_REPLACEMENTS} images in a row do not decode; the last: {last}. Check the disk.")
 
-    def _view(self, picture: Picture, position: int) -> dict[str, np.ndarray]:
+    def _view(self, picture: Picture, position: int) -> _Row:
         """What a position shows of a picture."""
         config = self.config
         crop, flip = (rng.host_generator(config.seed, stream, position) for stream in ("crop", "flip"))

@@ -26,6 +26,13 @@ class Source(Protocol):
     def label(self, index: int) -> int:
         """The image's class as an index into `class_names`, or -1."""
 
+    def file(self, index: int) -> bytes:
+        """The image's file as it is; a PNG file for an image that comes from none.
+
+        Raises:
+          BrokenImage: it cannot be read.
+        """
+
     def picture(self, index: int) -> Picture:
         """The image in its own size, mode `L` or `RGB`, decoded when it is cropped.
 
@@ -42,7 +49,9 @@ class Source(Protocol):
 
 
 def open_source(spec: str, in_channels: int, split: str = "train") -> Source:
-    """The source that `spec` names: `digits` or `folder:PATH`, as grey (1) or RGB (3) images.
+    """The source that `spec` names, as grey (1) or RGB (3) images.
+
+    `digits`, `folder:PATH`, `tfds:NAME[@SPLIT]` or `records:ADDRESS`.
 
     Raises:
       StatedError: there is no such source, split or folder, or files cannot give `in_channels` channels.
@@ -53,4 +62,15 @@ def open_source(spec: str, in_channels: int, split: str = "train") -> Source:
         return DigitsSource(mode, split)
     if kind == "folder" and path:
         return FolderSource(path, mode, split)
-    raise StatedError(f"data {spec!r} is not known: give digits, or folder:PATH for a folder of images")
+    if kind == "records" and path:
+        from mae_jax.data.records import RecordSource
+
+        return RecordSource(path, mode, split)
+    if kind == "tfds" and path:
+        from mae_jax.data.tfds_source import TfdsSource  # takes two seconds
+
+        return TfdsSource(path, mode, split)
+    raise StatedError(
+        f"data {spec!r} is not known: give digits, or folder:PATH for a folder of images, tfds:NAME for a dataset of "
+        "TensorFlow Datasets, or records:PATH for what `mae-jax prepare` made"
+    )

@@ -36,7 +36,7 @@ def crop_images(
 
 
 def bicubic_weights(start: Float[Array, ""], stop: Float[Array, ""], size: int, out: int) -> Float[Array, "out size"]:
-    """Weights of `size` pixels for each of `out` that the stretch from `start` to `stop` is resized to; rows sum to 1."""
+    """Weights of `size` pixels for each of `out` that the stretch from `start` to `stop` is resized to."""
     scale = (stop - start) / out
     widened = jnp.maximum(scale, 1)
     centres = start + (jnp.arange(out) + 0.5) * scale
