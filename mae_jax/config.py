@@ -177,7 +177,7 @@ class AugmentConfig:
     scale: tuple[float, float] = (0.2, 1.0)  # of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width to height
     flip: bool = True  # left to right, half of the time
-    resize: Literal["exact", "fast"] = "exact"  # fast: scaled decoding and OpenCV; about a grey level off on average
+    resize: Literal["exact", "fast"] = "exact"  # fast: scaled decoding and OpenCV; a grey level off on average
     mean: tuple[float, ...] = IMAGENET_MEAN  # of channels scaled to 0 .. 1, subtracted on the device
     std: tuple[float, ...] = IMAGENET_STD
 

@@ -6,6 +6,7 @@ resized then, as in torchvision: equal to it bit for bit for the same box.
 
 import math
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -92,4 +93,4 @@ def augment(
         pixels = picture.resized(box, image_hw, fast=config.resize == "fast")
     else:
         pixels = to_array(center_crop(picture.image(), image_hw))
-    return pixels[:, ::-1] if flips(config, flip) else pixels
+    return np.ascontiguousarray(cv2.flip(pixels, 1).reshape(pixels.shape)) if flips(config, flip) else pixels
