@@ -154,6 +154,7 @@ def _finish(storage: Storage, plan: Plan, class_names: tuple[str, ...]) -> Manif
         shards=[Shard(**part["shard"]) for part in parts if part["shard"]["records"]],
     )
     if not manifest.records:
+        _tidy(storage, plan, parts)
         raise StatedError(f"none of the {plan.images} images of {plan.source} decodes: {manifest.broken[0]}")
     index = io.BytesIO()
     label, height, width = (np.array(_joined(parts, key), np.int32) for key in ("label", "height", "width"))
@@ -161,12 +162,17 @@ def _finish(storage: Storage, plan: Plan, class_names: tuple[str, ...]) -> Manif
     storage.write(INDEX, index.getvalue())
     storage.write(NAMES, json.dumps(_joined(parts, "name")).encode())
     storage.write(MANIFEST, manifest.to_json())
+    _tidy(storage, plan, parts)
+    return manifest
+
+
+def _tidy(storage: Storage, plan: Plan, parts: list[dict]) -> None:
+    """Remove what is there to go on from, and shards without a record."""
     for number, part in enumerate(parts):
         storage.remove(f"{plan.shard_name(number)}.json")
         if not part["shard"]["records"]:
             storage.remove(plan.shard_name(number))
     storage.remove(_PLAN)
-    return manifest
 
 
 def _joined(parts: list[dict], key: str) -> list:

@@ -139,6 +139,8 @@ class RecordSource:
         first = int(self._ends[shard - 1]) if shard else 0
         try:
             return self._reader(shard).read([index - first])[0]
+        except StatedError:
+            raise
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0]
             raise BrokenImage(f"record {index} of {self.storage.address}", reason) from error

@@ -100,6 +100,10 @@ class TfdsSource:
                 f"data tfds:{self._name} is not in {self._data_dir}. Prepare it with `{self._build_command()}` (which "
                 "needs TensorFlow, here or on another machine), or say where it is in TFDS_DATA_DIR."
             ) from error
+        except ValueError as error:
+            raise StatedError(
+                f"data tfds:{self._name} is no name of a dataset: give NAME, NAME/CONFIG or NAME:VERSION"
+            ) from error
         found = builder.info.file_format
         if found is None or found.value != _FORMAT:
             raise StatedError(
