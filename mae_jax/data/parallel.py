@@ -1,6 +1,7 @@
 """A function over many things in several processes, results in order, no more of them ahead than needed."""
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,7 +29,7 @@ def ordered_map(function: Callable[[T], R], things: Iterable[T], processes: int)
         yield from map(function, things)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, workers.initialize_worker, (0, processes))
+    pool = ProcessPoolExecutor(processes, context, _initialize)
     rest = iter(things)
     ahead: deque[Future[R]] = deque()
 
@@ -50,3 +51,9 @@ def ordered_map(function: Callable[[T], R], things: Iterable[T], processes: int)
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _initialize() -> None:
+    workers.initialize_worker(0, 0)
+    # Where one process was killed the pool ends the others by SIGTERM, and waits for them.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

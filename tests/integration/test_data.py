@@ -57,7 +57,8 @@ def test_damaged_records_fail_the_inspection(run: Run, records: Path, tmp_path: 
     copy.mkdir()
     for path in records.iterdir():
         content = path.read_bytes()
-        (copy / path.name).write_bytes(content[:-2000] + bytes(2000) if "00001-of" in path.name else content)
+        flipped = content[:5000] + bytes(value ^ 255 for value in content[5000:5100]) + content[5100:]
+        (copy / path.name).write_bytes(flipped if "00001-of" in path.name else content)
     done = run("inspect", f"records:{copy}", f"--sheet={tmp_path}/sheet.png", "--workers=0")
     assert done.returncode == 1
     assert "images-00001-of-00003.array_record is not the file that was prepared" in done.stdout
@@ -116,7 +117,7 @@ def test_prepare_stopped_leaves_no_process_behind(images: Path, tmp_path: Path, 
         "from pathlib import Path\n"
         "import mae_jax.cli as cli\n"
         "def act():\n"
-        "    while not list(Path(sys.argv[2]).glob('*.json')): time.sleep(0.001)\n"
+        "    while not list(Path(sys.argv[2]).glob('*record.json')): time.sleep(0.001)\n"
         "    if sys.argv[3] == 'ctrl-c': os.killpg(0, signal.SIGINT)\n"
         "    else: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)\n"
         "if __name__ == '__main__':\n"
