@@ -93,4 +93,4 @@ def augment(
         pixels = picture.resized(box, image_hw, fast=config.resize == "fast")
     else:
         pixels = to_array(center_crop(picture.image(), image_hw))
-    return np.ascontiguousarray(cv2.flip(pixels, 1).reshape(pixels.shape)) if flips(config, flip) else pixels
+    return cv2.flip(pixels, 1).reshape(pixels.shape) if flips(config, flip) else pixels

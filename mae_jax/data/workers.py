@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import cv2
 from PIL import Image
 
 from mae_jax.errors import StatedError
@@ -47,6 +48,7 @@ def prepare_decoder() -> None:
     is no news.
     """
     Image.core.set_blocks_max(8)
+    cv2.setNumThreads(0)  # its threads would take turns with those that read
     _reuse_freed_memory()
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
