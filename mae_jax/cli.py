@@ -1,12 +1,13 @@
 """The command line, one function per command. Frameworks are imported inside them: help must answer at once."""
 
 import argparse
-import inspect
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import getdoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,7 +27,7 @@ def _read_config(args: Sequence[str], prog: str) -> "PretrainConfig":
 
     if args and args[0] in PRESETS:
         preset = PRESETS[args[0]]
-        description = f"{inspect.getdoc(preset)}\n\n--precision stands for --model.dtype; --debug shows tracebacks."
+        description = f"{getdoc(preset)}\n\n--precision stands for --model.dtype; --debug shows tracebacks."
         return tyro.cli(
             PretrainConfig,
             default=preset(),
@@ -184,6 +185,96 @@ def port(
     return 0
 
 
+def prepare(
+    source: tyro.conf.Positional[str],
+    destination: tyro.conf.Positional[str],
+    /,
+    size: int = 256,
+    quality: int = 95,
+    encoding: Literal["jpeg", "raw", "keep"] = "jpeg",
+    channels: Literal[1, 3] = 3,
+    split: str = "train",
+    shard_images: int = 4096,
+    workers: int | None = None,
+) -> int:
+    """Turn images into records that read fast: mae-jax prepare SOURCE DEST. Run again, it goes on where it stopped.
+
+    Args:
+      source: folder:PATH, tfds:NAME[@SPLIT], records:PATH or digits.
+      destination: A folder, or any address that fsspec knows; read it by records:DEST.
+      size: Pixels: of the shorter side; with encoding raw, of the square that each image is squeezed into.
+      quality: Of JPEG, 1 to 100.
+      encoding: jpeg shrinks images to size; raw keeps pixels, for --crops device; keep leaves files as they are.
+      channels: 3 for colour, 1 for grey.
+      split: Of the source.
+      shard_images: Images in a file.
+      workers: Processes; by default one a core.
+    """
+    from mae_jax.data.prepare import Plan
+    from mae_jax.data.prepare import prepare as write
+    from mae_jax.data.sources import open_source
+    from mae_jax.data.workers import default_readers
+
+    images = open_source(source, channels, split)
+    try:
+        plan = Plan(source, split, len(images), encoding, size, quality, channels, shard_images)
+    except ValueError as error:
+        print(f"mae-jax prepare: {error}", file=sys.stderr)
+        return 2
+    processes = default_readers(images.in_memory) if workers is None else workers
+    with _progress(len(images)) as tell:
+        done = write(images, plan, destination, processes, tell)
+    for line in done.broken[:20]:
+        print(f"left out: {line}")
+    print(
+        f"{done.records:,} images in {len(done.shards)} shards, {len(done.broken)} broken ones left out; "
+        f"read them by --data records:{destination}"
+    )
+    return 0
+
+
+def inspect(
+    data: tyro.conf.Positional[str],
+    /,
+    sheet: Path = Path("inspect.png"),
+    samples: int = 100,
+    channels: Literal[1, 3] = 3,
+    split: str = "train",
+    workers: int | None = None,
+) -> int:
+    """Count, measure and check a source's images, and draw a sheet of samples: mae-jax inspect DATA.
+
+    Args:
+      data: folder:PATH, tfds:NAME[@SPLIT], records:PATH or digits.
+      sheet: The picture to write; its ending says which kind.
+      samples: Images on it.
+      channels: 3 for colour, 1 for grey.
+      split: Of the source.
+      workers: Processes; by default one a core.
+    """
+    from mae_jax.data.inspect import inspect_source, write_sheet
+    from mae_jax.data.sources import open_source
+    from mae_jax.data.workers import default_readers
+
+    images = open_source(data, channels, split)
+    processes = default_readers(images.in_memory) if workers is None else workers
+    with _progress(len(images)) as tell:
+        report = inspect_source(images, data, processes, samples, tell)
+    print(report)
+    write_sheet(report.tiles, sheet)
+    print(f"wrote {sheet}")
+    return 1 if report.damaged else 0
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over images, where somebody is looking."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="image", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
+
+
 def _tyro_command(function: Callable[..., int]) -> Callable[[Sequence[str], str], int]:
     def command(args: Sequence[str], prog: str) -> int:
         return tyro.cli(function, args=args, prog=prog)
@@ -198,6 +289,8 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "reconstruct": _tyro_command(reconstruct),
     "knn": _tyro_command(knn),
     "port": _tyro_command(port),
+    "prepare": _tyro_command(prepare),
+    "inspect": _tyro_command(inspect),
 }
 
 

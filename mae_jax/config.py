@@ -203,6 +203,7 @@ class AugmentConfig:
     scale: tuple[float, float] = (0.2, 1.0)  # of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width to height
     flip: bool = True  # left to right, half of the time
+    resize: Literal["exact", "fast"] = "exact"  # fast: scaled decoding and OpenCV; a grey level off on average
     mean: tuple[float, ...] = IMAGENET_MEAN  # of channels scaled to 0 .. 1, subtracted on the device
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -253,7 +254,10 @@ class PretrainConfig:
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
-    data: str = "digits"  # digits | folder:PATH
+    data: str = "digits"  # digits | folder:PATH | tfds:NAME[@SPLIT] | records:PATH
+    repeats: int = 1  # crops of each decoded image in a batch (Hoffer et al. 2019); an epoch counts crops
+    crops: Literal["host", "device"] = "host"  # where they are cut: device ships whole images, squeezed into a square
+    canvas_size: int | None = None  # side of that square; by default 8/7 of the image's longer side
     batch_size: int = 256  # global
     accumulate: int = 1  # gradients of this many equal parts of the batch are averaged before the update
     epochs: float = 800.0
@@ -277,14 +281,18 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "epochs")
-        _require_whole(self, "batch_size", "accumulate", "log_every", "save_every", "keep")
-        for name in ("steps", "devices", "fsdp", "num_processes", "keep_every", "reconstruct_every"):
+        _require_whole(self, "batch_size", "accumulate", "log_every", "save_every", "keep", "repeats")
+        for name in ("canvas_size", "steps", "devices", "fsdp", "num_processes", "keep_every", "reconstruct_every"):
             if getattr(self, name) is not None:
                 _require_whole(self, name)
         if self.keep_every is not None and self.keep_every % self.save_every:
             raise ValueError(f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        if self.batch_size % self.repeats:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by repeats {self.repeats}")
+        if self.canvas_size is not None and self.crops == "host":
+            raise ValueError(f'canvas_size {self.canvas_size} is for crops "device", crops is "host"')
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed} is outside 0 .. 2^32 - 1")
         if self.fsdp is not None and self.engine != "fsdp":
@@ -297,6 +305,11 @@ class PretrainConfig:
                 f"augment.mean {self.augment.mean} has {len(self.augment.mean)} values, "
                 f"model.in_channels is {self.model.in_channels}"
             )
+
+    @property
+    def canvas(self) -> int:
+        """Side of the square that an image is squeezed into where the device cuts the crops."""
+        return self.canvas_size or round(max(self.model.image_hw) * 8 / 7)
 
     def _check_hosts(self) -> None:
         given = {name: getattr(self, name) for name in ("coordinator", "process_id", "num_processes")}

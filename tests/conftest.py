@@ -13,7 +13,14 @@ if FLAG not in os.environ.get("XLA_FLAGS", ""):
 
 # Where arrays have shapes in their signatures; elsewhere the type checker has looked.
 jaxtyping.install_import_hook(
-    ["mae_jax.rng", "mae_jax.models", "mae_jax.train.optimizers", "mae_jax.train.steps", "mae_jax.evaluation"],
+    [
+        "mae_jax.rng",
+        "mae_jax.models",
+        "mae_jax.train.optimizers",
+        "mae_jax.train.steps",
+        "mae_jax.train.crops",
+        "mae_jax.evaluation",
+    ],
     f"{signatures.__name__}.check",
 )
 

@@ -5,11 +5,13 @@ Source: UCI Machine Learning Repository, "Optical Recognition of Handwritten Dig
 `digits.npz` holds the original values 0 .. 16 and the labels 0 .. 9.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from mae_jax.data.pictures import Decoded
 from mae_jax.errors import NoSuchSplitError
 
 _FILE = Path(__file__).with_name("digits.npz")
@@ -41,6 +43,15 @@ class DigitsSource:
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
+
+    def file(self, index: int) -> bytes:
+        """The image as a PNG file."""
+        file = io.BytesIO()
+        self.load(index).save(file, "PNG")
+        return file.getvalue()
+
+    def picture(self, index: int) -> Decoded:
+        return Decoded(self.load(index))
 
     def load(self, index: int) -> Image.Image:
         """Image `index`, 8x8, in this source's mode (`L` or `RGB`)."""

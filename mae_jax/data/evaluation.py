@@ -9,9 +9,10 @@ import grain
 import numpy as np
 
 from mae_jax.data.decoding import BrokenImage, decode, mode_for
+from mae_jax.data.pictures import to_array
 from mae_jax.data.reading import Batches, Part, join, part_size
 from mae_jax.data.sources import Source
-from mae_jax.data.transforms import center_crop, to_array
+from mae_jax.data.transforms import center_crop
 from mae_jax.data.workers import default_readers
 from mae_jax.errors import StatedError
 

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from mae_jax.data.decoding import decode
+from mae_jax.data.pictures import Picture, open_picture, read_file
 from mae_jax.errors import NoSuchSplitError, StatedError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -48,6 +49,22 @@ class FolderSource:
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
+
+    def file(self, index: int) -> bytes:
+        """The contents of file `index`.
+
+        Raises:
+          BrokenImage: it cannot be read.
+        """
+        return read_file(self.name(index))
+
+    def picture(self, index: int) -> Picture:
+        """Image `index`, in this source's mode (`L` or `RGB`), in its own size.
+
+        Raises:
+          BrokenImage: there is no such file, or it is not an image.
+        """
+        return open_picture(self.name(index), self._mode)
 
     def load(self, index: int) -> Image.Image:
         """Image `index`, in this source's mode (`L` or `RGB`), in its own size.

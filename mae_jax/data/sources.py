@@ -8,6 +8,7 @@ from PIL import Image
 from mae_jax.data.decoding import mode_for
 from mae_jax.data.digits import DigitsSource
 from mae_jax.data.folder import FolderSource
+from mae_jax.data.pictures import Picture
 from mae_jax.errors import StatedError
 
 
@@ -26,8 +27,22 @@ class Source(Protocol):
     def label(self, index: int) -> int:
         """The image's class as an index into `class_names`, or -1."""
 
+    def file(self, index: int) -> bytes:
+        """The image's file as it is; a PNG file for an image that comes from none.
+
+        Raises:
+          BrokenImage: it cannot be read.
+        """
+
+    def picture(self, index: int) -> Picture:
+        """The image in its own size, mode `L` or `RGB`, decoded when it is cropped.
+
+        Raises:
+          BrokenImage: there is no image.
+        """
+
     def load(self, index: int) -> Image.Image:
-        """The image in its own size, mode `L` or `RGB`.
+        """The same image, decoded.
 
         Raises:
           BrokenImage: it does not decode.
@@ -37,11 +52,14 @@ class Source(Protocol):
 def absolute(spec: str) -> str:
     """The same source from whatever folder it is opened: `folder:photos` becomes `folder:/home/me/photos`."""
     kind, _, path = spec.partition(":")
-    return f"folder:{os.path.abspath(os.path.expanduser(path))}" if kind == "folder" and path else spec
+    local = kind in ("folder", "records") and path and "://" not in path
+    return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if local else spec
 
 
 def open_source(spec: str, in_channels: int, split: str = "train") -> Source:
-    """The source that `spec` names: `digits` or `folder:PATH`, as grey (1) or RGB (3) images.
+    """The source that `spec` names, as grey (1) or RGB (3) images.
+
+    `digits`, `folder:PATH`, `tfds:NAME[@SPLIT]` or `records:ADDRESS`.
 
     Raises:
       StatedError: there is no such source, split or folder, or files cannot give `in_channels` channels.
@@ -52,4 +70,15 @@ def open_source(spec: str, in_channels: int, split: str = "train") -> Source:
         return DigitsSource(mode, split)
     if kind == "folder" and path:
         return FolderSource(path, mode, split)
-    raise StatedError(f"data {spec!r} is not known: give digits, or folder:PATH for a folder of images")
+    if kind == "records" and path:
+        from mae_jax.data.records import RecordSource
+
+        return RecordSource(path, mode, split)
+    if kind == "tfds" and path:
+        from mae_jax.data.tfds_source import TfdsSource  # takes two seconds
+
+        return TfdsSource(path, mode, split)
+    raise StatedError(
+        f"data {spec!r} is not known: give digits, or folder:PATH for a folder of images, tfds:NAME for a dataset of "
+        "TensorFlow Datasets, or records:PATH for what `mae-jax prepare` made"
+    )

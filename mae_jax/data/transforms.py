@@ -6,17 +6,17 @@ resized then, as in torchvision: equal to it bit for bit for the same box.
 
 import math
 
+import cv2
 import numpy as np
 from PIL import Image
 
 from mae_jax.config import AugmentConfig
-
-Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels, as Pillow counts
+from mae_jax.data.pictures import Box, Picture, to_array
 
 
 def random_resized_crop_box(
     rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> Box:
+) -> tuple[int, int, int, int]:
     """A random part of an image: torchvision's `RandomResizedCrop.get_params` (Szegedy et al. 2014, section 6).
 
     Area uniform in `scale` (of the image's), width to height log-uniform in `ratio`. After ten boxes that do not fit,
@@ -40,9 +40,14 @@ def random_resized_crop_box(
     return left, top, left + w, top + h
 
 
-def resized_crop(image: Image.Image, box: Box, image_hw: tuple[int, int]) -> Image.Image:
-    """The part `box`, resized to (height, width). A part that has that size is left as it is."""
-    return image.crop(box).resize(image_hw[::-1], Image.Resampling.BICUBIC)
+def center_box(size_hw: tuple[int, int], image_hw: tuple[int, int]) -> Box:
+    """The middle of an image, as large as (height, width) is in it once it has been scaled to just cover that."""
+    (height, width), (source_h, source_w) = image_hw, size_hw
+    scale = max(height / source_h, width / source_w)
+    covering_w, covering_h = max(width, int(source_w * scale)), max(height, int(source_h * scale))
+    left, top = round((covering_w - width) / 2), round((covering_h - height) / 2)
+    per_column, per_row = source_w / covering_w, source_h / covering_h
+    return (left * per_column, top * per_row, (left + width) * per_column, (top + height) * per_row)
 
 
 def center_crop(image: Image.Image, image_hw: tuple[int, int]) -> Image.Image:
@@ -51,36 +56,41 @@ def center_crop(image: Image.Image, image_hw: tuple[int, int]) -> Image.Image:
     torchvision's `Resize` and `CenterCrop`, but only the middle is computed, so that a very long picture costs no
     more than another.
     """
-    height, width = image_hw
-    scale = max(height / image.height, width / image.width)
-    covering_w, covering_h = max(width, int(image.width * scale)), max(height, int(image.height * scale))
-    left, top = round((covering_w - width) / 2), round((covering_h - height) / 2)
-    per_column, per_row = image.width / covering_w, image.height / covering_h
-    box = (left * per_column, top * per_row, (left + width) * per_column, (top + height) * per_row)
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    box = center_box((image.height, image.width), image_hw)
+    return image.resize(image_hw[::-1], Image.Resampling.BICUBIC, box=box)
+
+
+def crop_box(
+    size_hw: tuple[int, int], config: AugmentConfig, image_hw: tuple[int, int], crop: np.random.Generator
+) -> Box:
+    """The part of an image of `size_hw` that is shown."""
+    if config.crop == "random":
+        return random_resized_crop_box(crop, *size_hw, config.scale, config.ratio)
+    return center_box(size_hw, image_hw)
+
+
+def flips(config: AugmentConfig, flip: np.random.Generator) -> bool:
+    """Whether an example is turned left to right."""
+    return config.flip and flip.random() < 0.5
 
 
 def augment(
-    image: Image.Image,
+    picture: Picture,
     config: AugmentConfig,
     image_hw: tuple[int, int],
     crop: np.random.Generator,
     flip: np.random.Generator,
 ) -> np.ndarray:
-    """Crop and flip: an image of any size to uint8 (height, width, channels).
+    """Crop and flip: a picture of any size to uint8 (height, width, channels).
 
     `crop` and `flip` are the example's own generators (`rng.host_generator`), so that one does not shift the other.
+
+    Raises:
+      BrokenImage: it does not decode.
     """
+    box = crop_box(picture.size_hw, config, image_hw, crop)
     if config.crop == "random":
-        box = random_resized_crop_box(crop, image.height, image.width, config.scale, config.ratio)
-        image = resized_crop(image, box, image_hw)
+        pixels = picture.resized(box, image_hw, fast=config.resize == "fast")
     else:
-        image = center_crop(image, image_hw)
-    pixels = to_array(image)
-    return pixels[:, ::-1] if config.flip and flip.random() < 0.5 else pixels
-
-
-def to_array(image: Image.Image) -> np.ndarray:
-    """A grey or RGB image to uint8 (height, width, 1 or 3)."""
-    pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+        pixels = to_array(center_crop(picture.image(), image_hw))
+    return cv2.flip(pixels, 1).reshape(pixels.shape) if flips(config, flip) else pixels

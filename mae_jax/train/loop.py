@@ -171,13 +171,15 @@ class Run:
                 config,
                 start_step=start,
                 stop_step=self.length.steps,
-                host=self.hosts.index,
-                hosts=self.hosts.count,
+                process_index=self.hosts.index,
+                process_count=self.hosts.count,
             )
         ) as batches:
             for batch in self._timed(iter(batches)):
                 self.broken.update(batch["broken"])
-                state, metrics = self.engine.step(state, self.engine.put(Batch(batch["image"], batch["position"])))
+                state, metrics = self.engine.step(
+                    state, self.engine.put(Batch(batch["image"], batch["position"], batch.get("crop")))
+                )
                 step += 1
                 self.unread.append(metrics)
                 self.window.steps += 1

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt, UInt8
 from mae_jax import rng
 from mae_jax.config import AugmentConfig, PretrainConfig, wide
 from mae_jax.models.mae import MaskedAutoencoder, Output
+from mae_jax.train.crops import crop_images
 from mae_jax.train.optimizers import adamw_direction, learning_rate
 
 Params = Any
@@ -26,6 +27,7 @@ class Batch(NamedTuple):
 
     images: UInt8[Array | np.ndarray, "batch height width channels"]
     positions: UInt[Array | np.ndarray, " batch"]
+    crops: Float[Array | np.ndarray, "batch 5"] | None = None  # to be cut from the images here: see train/crops.py
 
 
 class TrainState(NamedTuple):
@@ -103,7 +105,10 @@ def make_step(config: PretrainConfig, *, steps_per_epoch: float, epochs: float, 
     direction = adamw_direction(config.optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        images = normalise_images(batch.images, config.augment, wide(config.model.dtype))
+        pixels = batch.images
+        if batch.crops is not None:
+            pixels = crop_images(pixels, batch.crops, config.model.image_hw)
+        images = normalise_images(pixels, config.augment, wide(config.model.dtype))
         noise = rng.example_uniforms(rng.device_key(config.seed, "mask"), batch.positions, config.model.num_patches)
         loss, grads = loss_and_gradients(model, state.params, images, noise, config.accumulate)
         if axis_name is not None:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from mae_jax.data.pictures import to_array
 from mae_jax.data.sources import open_source
-from mae_jax.data.transforms import to_array
 from mae_jax.errors import StatedError
 
 

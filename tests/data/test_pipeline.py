@@ -13,12 +13,14 @@ from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig
 from mae_jax.data import workers as processes
 from mae_jax.data.broken import BrokenFiles
 from mae_jax.data.decoding import BrokenImage
+from mae_jax.data.pictures import Decoded, to_array
 from mae_jax.data.pipeline import TrainingBatch, training_batches
 from mae_jax.data.reading import join, part_size
 from mae_jax.data.sources import Source, open_source
-from mae_jax.data.transforms import augment, to_array
+from mae_jax.data.transforms import augment
 from mae_jax.errors import StatedError
 from mae_jax.rng import host_generator
+from mae_jax.train.crops import crop_images
 
 CONFIG = PretrainConfig(model=ModelConfig(image_size=(16, 24), patch_size=8), batch_size=8, seed=5, workers=0)
 
@@ -45,6 +47,9 @@ class Numbered:
         if index in self.broken:
             raise BrokenImage(self.name(index), "planted")
         return Image.new("RGB", (30, 20), (index, index, index))
+
+    def picture(self, index: int) -> Decoded:
+        return Decoded(self.load(index))
 
 
 def read(source: Source, config: PretrainConfig = CONFIG, start: int = 0, stop: int = 6) -> TrainingBatch:
@@ -110,7 +115,9 @@ def test_hosts_read_the_rows_of_one_batch_between_them(batch_size: int, hosts: i
     whole = read(Numbered(50), config, 3, 7)
     shares = []
     for host in range(hosts):
-        with training_batches(Numbered(50), config, start_step=3, stop_step=7, host=host, hosts=hosts) as batches:
+        with training_batches(
+            Numbered(50), config, start_step=3, stop_step=7, process_index=host, process_count=hosts
+        ) as batches:
             shares.append(list(batches))
     together = [share[step] for step in range(4) for share in shares]
     assert all(len(share["position"]) == batch_size // hosts for share in together)
@@ -135,7 +142,9 @@ def test_the_image_is_the_files_own_crop(make_folder: Callable[..., Path]) -> No
     originals = [source.load(i) for i in range(10)]
     for position, image, label in zip(rows["position"], rows["image"], rows["label"], strict=True):
         generators = [host_generator(CONFIG.seed, stream, int(position)) for stream in ("crop", "flip")]
-        candidates = [augment(original, CONFIG.augment, (16, 24), *map(_again, generators)) for original in originals]
+        candidates = [
+            augment(Decoded(original), CONFIG.augment, (16, 24), *map(_again, generators)) for original in originals
+        ]
         matches = [i for i, candidate in enumerate(candidates) if (candidate == image).all()]
         assert len(matches) == 1
         assert source.label(matches[0]) == label
@@ -180,7 +189,7 @@ def test_a_replacement_gets_the_crop_of_its_position(make_folder: Callable[..., 
     place = int(np.flatnonzero(rows["broken"] == 5)[0])
     generators = (host_generator(CONFIG.seed, stream, place) for stream in ("crop", "flip"))
     following = source.load(int(order[place + 1]))
-    assert (rows["image"][place] == augment(following, CONFIG.augment, (16, 24), *generators)).all()
+    assert (rows["image"][place] == augment(Decoded(following), CONFIG.augment, (16, 24), *generators)).all()
 
 
 class _WithoutPixels(Numbered):
@@ -268,12 +277,14 @@ def test_real_photographs(imagenet_sample: Path, workers: int) -> None:
     place, order = 7, read(source, replace(config, augment=AugmentConfig(crop="center", flip=False)), 0, 1)
     own = next(i for i in range(200) if _is_center_crop(source.load(i), order["image"][place]))
     generators = (host_generator(1, stream, place) for stream in ("crop", "flip"))
-    assert (rows["image"][place] == augment(source.load(own), config.augment, (224, 224), *generators)).all()
+    assert (rows["image"][place] == augment(Decoded(source.load(own)), config.augment, (224, 224), *generators)).all()
 
 
 def _is_center_crop(original: Image.Image, image: np.ndarray) -> bool:
     generators = (host_generator(0, stream, 0) for stream in ("crop", "flip"))
-    return bool((augment(original, AugmentConfig(crop="center", flip=False), (224, 224), *generators) == image).all())
+    return bool(
+        (augment(Decoded(original), AugmentConfig(crop="center", flip=False), (224, 224), *generators) == image).all()
+    )
 
 
 def test_digits_stream() -> None:
@@ -287,3 +298,97 @@ def test_digits_stream() -> None:
     originals = {to_array(source.load(i)).tobytes() for i in range(1797)}
     assert {image.tobytes() for image in rows["image"]} == originals
     assert np.bincount(rows["label"]).tolist() == np.bincount([source.label(i) for i in range(1797)]).tolist()
+
+
+VIEWS = {
+    "host": CONFIG,
+    "device": replace(CONFIG, crops="device", canvas_size=32),
+    "repeats": replace(CONFIG, repeats=2),
+    "device, repeats": replace(CONFIG, crops="device", repeats=4),
+    "fast": replace(CONFIG, augment=AugmentConfig(resize="fast")),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_hosts_workers_and_resuming_give_the_same_hash(make_folder: Callable[..., Path], view: str) -> None:
+    """Every example, crop and position, on 1, 2 and 4 hosts, with 2 workers, and from the middle."""
+    source = open_source(f"folder:{make_folder('photos', 30, broken=(3, 4, 17))}", 3)
+    config = replace(VIEWS[view], batch_size=16)
+    whole = read(source, config, 0, 5)
+    expected = digest(whole)
+    for hosts in (1, 2, 4):
+        assert digest(on_hosts(source, config, hosts)) == expected, hosts
+    rest = {key: value[2 * 16 :] for key, value in whole.items()}
+    assert digest(read(source, config, 2, 5)) == digest(rest)
+    assert digest(read(source, replace(config, workers=2), 2, 5)) == digest(rest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_on_hosts_give_the_same_hash(make_folder: Callable[..., Path], workers: int) -> None:
+    source = open_source(f"folder:{make_folder('photos', 30, broken=(3, 4, 17))}", 3)
+    for view in VIEWS.values():
+        config = replace(view, batch_size=16)
+        expected = digest(read(source, config, 0, 5))
+        for hosts in (1, 2):
+            assert digest(on_hosts(source, replace(config, workers=workers), hosts)) == expected
+
+
+def on_hosts(source: Source, config: PretrainConfig, hosts: int) -> TrainingBatch:
+    """The rows of steps 0 to 5, as several hosts read them, laid together in the order of the hosts."""
+    batches = []
+    for host in range(hosts):
+        with training_batches(source, config, stop_step=5, process_index=host, process_count=hosts) as stream:
+            batches.append(list(stream))
+    return join([join(list(rows)) for rows in zip(*batches, strict=True)])
+
+
+def test_repeats_show_one_image_in_a_row_with_crops_of_their_own(make_folder: Callable[..., Path]) -> None:
+    source = open_source(f"folder:{make_folder('photos', 12)}", 3)
+    loads: list[int] = []
+
+    class Counted(Numbered):
+        def picture(self, index: int) -> Decoded:
+            loads.append(index)
+            return Decoded(source.load(index))
+
+    rows = read(Counted(12), replace(CONFIG, repeats=4), stop=6)
+    groups = (rows["label"] - 1000).reshape(12, 4)
+    assert (groups == groups[:, :1]).all()
+    assert sorted(groups[:, 0].tolist()) == list(range(12))  # an epoch of images is four of crops
+    assert len(loads) == 12
+    assert len({image.tobytes() for image in rows["image"]}) == 48
+    alone = read(source, CONFIG, stop=6)
+    assert (alone["position"] == rows["position"]).all()
+
+
+def test_repeats_show_each_epoch_every_image() -> None:
+    rows = read(Numbered(10), replace(CONFIG, batch_size=20, repeats=2), stop=4)
+    epochs = rows["label"].reshape(4, 10, 2)[:, :, 0] - 1000
+    assert (np.sort(epochs, axis=1) == np.arange(10)).all()
+
+
+def test_device_crops_are_the_hosts(make_folder: Callable[..., Path]) -> None:
+    """The same box and flip of the same image; pixels differ by the squeeze alone."""
+    source = open_source(f"folder:{make_folder('photos', 10)}", 3)
+    host = read(source)
+    device = read(source, replace(CONFIG, crops="device", canvas_size=64))
+    assert (device["position"] == host["position"]).all()
+    assert (device["label"] == host["label"]).all()
+    assert device["image"].shape == (48, 64, 64, 3)
+    assert device["crop"].dtype == np.float32
+    cut = np.asarray(crop_images(device["image"], device["crop"], (16, 24)))
+    off = np.abs(cut.astype(int) - host["image"]).mean(axis=(1, 2, 3))
+    assert off.mean() < 4  # these pictures have noise in every pixel, which a second resampling smooths
+    mirrored = np.abs(cut[:, :, ::-1].astype(int) - host["image"]).mean(axis=(1, 2, 3))
+    assert (off < mirrored).all()
+
+
+def test_a_batch_that_hosts_cannot_share() -> None:
+    with pytest.raises(StatedError, match="batch_size 8 is not divisible by repeats 2 x 3 hosts"):
+        training_batches(Numbered(20), replace(CONFIG, repeats=2), process_count=3)
+    with pytest.raises(ValueError, match="batch_size 8 is not divisible by repeats 3"):
+        replace(CONFIG, repeats=3)
+    with pytest.raises(ValueError, match="canvas_size 64"):
+        replace(CONFIG, canvas_size=64)
+    assert (CONFIG.canvas, PretrainConfig().canvas) == (27, 256)

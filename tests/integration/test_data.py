@@ -1,0 +1,176 @@
+"""`mae-jax prepare`, `inspect`, and pretraining on what they make, from the outside."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.photographs import photograph
+
+from .conftest import ROOT, TINY, Run, Start
+from .test_pretrain import rows
+
+COLOUR = ["--model.image-size=16", "--model.patch-size=4", "--model.in-channels=3"]
+COLOUR += ["--augment.mean", "0.5", "0.5", "0.5", "--augment.std", "0.5", "0.5", "0.5", "--batch-size=16"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for number in range(60):
+        path = root / "train" / f"klasse {number % 3}" / f"фото {number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph(60 + number, 90, number)).save(path)
+    (root / "train/klasse 1/broken.jpg").write_text("not a picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def records(run: Run, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "records"
+    done = run("prepare", f"folder:{images}", folder, "--size=32", "--shard-images=25", "--workers=2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "left out: " in done.stdout
+    assert "broken.jpg does not decode: not an image" in done.stdout
+    assert f"60 images in 3 shards, 1 broken ones left out; read them by --data records:{folder}" in done.stdout
+    return folder
+
+
+def test_inspect_folder_and_records(run: Run, images: Path, records: Path, tmp_path: Path) -> None:
+    for data, broken in ((f"folder:{images}", 1), (f"records:{records}", 0)):
+        done = run("inspect", data, f"--sheet={tmp_path}/sheet.png", "--samples=7", "--workers=0")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"{data}: {60 + broken} images" in done.stdout
+        assert f"broken: {broken}" in done.stdout
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            assert sheet.width == 960
+
+
+def test_damaged_records_fail_the_inspection(run: Run, records: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in records.iterdir():
+        content = path.read_bytes()
+        flipped = content[:5000] + bytes(value ^ 255 for value in content[5000:5100]) + content[5100:]
+        (copy / path.name).write_bytes(flipped if "00001-of" in path.name else content)
+    done = run("inspect", f"records:{copy}", f"--sheet={tmp_path}/sheet.png", "--workers=0")
+    assert done.returncode == 1
+    assert "images-00001-of-00003.array_record is not the file that was prepared" in done.stdout
+
+
+@pytest.mark.slow
+def test_pretraining_with_crops_on_the_device_and_repeats(run: Run, records: Path, tmp_path: Path) -> None:
+    """Stopped half way and with other numbers of workers and devices it computes the same."""
+    views = ["--crops=device", "--canvas-size=24", "--repeats=2"]
+    base = ["pretrain", "digits", *TINY, *COLOUR, f"--data=records:{records}", *views, "--save-every=3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = run(*base, "--steps=6", "--workers=0", f"--workdir={whole}")
+    assert (done.returncode, done.stderr) == (0, "")
+    stopped = run(*base, "--steps=6", "--workers=2", f"--workdir={parts}", devices=2)
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    losses = [[row["loss"] for row in rows(workdir)] for workdir in (whole, parts)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert all(0 <= row["data_wait"] <= 1 for row in rows(whole))
+    refused = run(*base, "--steps=6", "--repeats=4", f"--workdir={whole}")
+    assert refused.returncode == 1
+    assert "repeats 2; this command says 4" in refused.stderr
+
+
+def test_prepare_killed_and_started_again(start: Start, run: Run, images: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    arguments = ["--size=64", "--shard-images=4"]
+    assert run("prepare", f"folder:{images}", reference, *arguments, "--workers=0").returncode == 0
+    folder = tmp_path / "killed"
+    process = start("prepare", f"folder:{images}", folder, *arguments, "--workers=1")
+    end = time.monotonic() + 60
+    while not list(folder.glob("*.array_record")):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    done = run("prepare", f"folder:{images}", folder, *arguments, "--workers=1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in reference.iterdir()
+    }
+
+
+def group_runs(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "a worker is killed"])
+def test_prepare_stopped_leaves_no_process_behind(images: Path, tmp_path: Path, how: str) -> None:
+    """In a process group of its own, as from a terminal."""
+    program = (
+        "import multiprocessing, os, signal, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "import mae_jax.cli as cli\n"
+        "def act():\n"
+        "    while not list(Path(sys.argv[2]).glob('*record.json')): time.sleep(0.001)\n"
+        "    if sys.argv[3] == 'ctrl-c': os.killpg(0, signal.SIGINT)\n"
+        "    else: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    threading.Thread(target=act, daemon=True).start()\n"
+        "    sys.exit(cli.main(['prepare', sys.argv[1], sys.argv[2], '--workers=2', '--shard-images=16']))\n"
+    )
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(40):
+        for path in images.rglob("фото*.jpg"):
+            (many / f"{number} {path.name}").symlink_to(path)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", script, f"folder:{many}", tmp_path / "records", how],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    out, err = process.communicate(timeout=60)
+    end = time.monotonic() + 10
+    while group_runs(process.pid):
+        assert time.monotonic() < end, "something still runs"
+        time.sleep(0.02)
+    assert "Traceback" not in err
+    assert (process.returncode, out) == (130 if how == "ctrl-c" else 1, "")
+    if how != "ctrl-c":
+        assert "a worker process ended by itself or was killed" in err
+    assert not list((tmp_path / "records").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["prepare", "folder:/nowhere/at/all", "DEST"], 1, "/nowhere/at/all"),
+        (["prepare", "digits", "DEST", "--size=0"], 2, "size 0"),
+        (["prepare", "digits", "nosuch://bucket/x"], 1, "nosuch"),
+        (["prepare", "tfds:imagenet2012", "DEST"], 1, "tfds build imagenet2012 --file_format=array_record"),
+        (["inspect", "records:/nowhere"], 1, "/nowhere has no dataset.json"),
+        (["inspect", "cloud"], 1, "tfds:NAME"),
+        (["pretrain", "digits", "--repeats=3"], 2, "batch_size 64 is not divisible by repeats 3"),
+        (["pretrain", "digits", "--canvas-size=9"], 2, "canvas_size 9 is for crops"),
+    ],
+)
+def test_bad_input_gets_a_sentence(
+    run: Run, arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    done = run(*[str(tmp_path / "dest") if word == "DEST" else word for word in arguments])
+    assert done.returncode == code
+    assert words in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "dest").exists()
