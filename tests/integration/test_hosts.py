@@ -74,6 +74,7 @@ def never_stopped(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_two_hosts_of_two_devices_compute_what_one_computes(start: Start, never_stopped: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     port = free_port()
@@ -98,6 +99,7 @@ def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return workdir, finish(processes)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_host_stops_all_at_one_step(stopped: tuple[Path, Outcome]) -> None:
     workdir, done = stopped
     assert [code for code, _, _ in done] == [143] * 4, done
@@ -109,6 +111,7 @@ def test_a_signal_to_one_host_stops_all_at_one_step(stopped: tuple[Path, Outcome
         assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_what_four_hosts_saved_goes_on_on_one(
     run: Run, stopped: tuple[Path, Outcome], never_stopped: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +127,7 @@ def test_what_four_hosts_saved_goes_on_on_one(
         assert np.abs(found - expected).max() < (1e-6 if found.ndim > 1 else 1e-2) * largest
 
 
+@pytest.mark.slow
 def test_what_four_hosts_saved_goes_on_on_two_although_the_newest_is_broken(
     start: Start, stopped: tuple[Path, Outcome], never_stopped: Path, tmp_path: Path
 ) -> None:
