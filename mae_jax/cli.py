@@ -23,6 +23,7 @@ ALIASES = {"--precision": "--model.dtype"}
 
 
 def _read_config(args: Sequence[str], prog: str) -> "PretrainConfig":
+    from mae_jax.config import PretrainConfig
     from mae_jax.presets import PRESETS
 
     if args and args[0] in PRESETS:
