@@ -115,6 +115,11 @@ def _quiet_threads() -> Iterator[None]:
             logger.setLevel(levels[name])
 
 
+def _silence_late_tasks() -> None:
+    """Reads that failed beside another may be collected, and reported, only as the interpreter ends."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+
+
 def _abstract(tree: Tree, layout: Any) -> Tree:
     """Shapes with their shardings; `layout` is one sharding for all, or a tree of them."""
     layout = jax.tree.broadcast(layout, tree, is_leaf=lambda x: isinstance(x, Sharding))
@@ -136,6 +141,7 @@ class Checkpoints:
         self._said, self._hosts = {"config": config_to_dict(config), "examples": examples}, hosts
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(_quiet_threads())
+        self._late_tasks = False  # whether reads that failed may still be reported
         policies = [checkpoint_managers.LatestN(config.keep)]
         if config.keep_every is not None:
             policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
@@ -210,6 +216,7 @@ class Checkpoints:
         except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
             failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             _release(error)
+            self._late_tasks = True
         failures = [text for text in self._hosts.gather(f"restored {step}", failure) if text]
         if failures or state is None:
             raise ValueError(failures[0])
@@ -264,6 +271,8 @@ class Checkpoints:
                     self._manager.close()
             finally:
                 del self._manager  # with what is left of a save that failed
+        if self._late_tasks:
+            _silence_late_tasks()
 
 
 class Exported(NamedTuple):

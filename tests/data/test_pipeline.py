@@ -324,7 +324,7 @@ def test_hosts_workers_and_resuming_give_the_same_hash(make_folder: Callable[...
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 4])
 def test_workers_on_hosts_give_the_same_hash(make_folder: Callable[..., Path], workers: int) -> None:
     source = open_source(f"folder:{make_folder('photos', 30, broken=(3, 4, 17))}", 3)
     for view in VIEWS.values():
