@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import uuid
@@ -117,13 +118,22 @@ def _unpickling_refused(torch: Any, path: Path, error: Exception) -> str:
         named = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"})
     except Exception:  # the format before torch 1.6, or damaged as well
         named = re.findall(r"GLOBAL (\S+)", str(error))
-    if not named and "truncated" in str(error):
-        return f"{path} is cut short: {error}"
+    if not named and not _names_code(path):
+        return f"{path} is damaged, cut short or not a PyTorch checkpoint: {str(error).splitlines()[0][:200]}"
     names = f" (it names {', '.join(named)})" if named else ""
     return (
         f"{path} could run code when it is opened{names}, and is not read. "
         "Where you trust it, open it with the program that made it and save its state_dict alone."
     )
+
+
+def _names_code(path: Path) -> bool:
+    """Whether a bare pickle says that something is to be called; it is looked through, not opened."""
+    try:
+        with path.open("rb") as stream:
+            return any(code.name in ("GLOBAL", "STACK_GLOBAL", "REDUCE") for code, _, _ in pickletools.genops(stream))
+    except Exception:  # no pickle, or one that is cut short
+        return False
 
 
 def _to_numpy(torch: Any, values: Any) -> np.ndarray:
@@ -178,8 +188,7 @@ def beside(destination: Path, force: bool) -> Iterator[Path]:
         cannot be written to.
     """
     destination = destination.absolute()
-    if os.path.lexists(destination):
-        _require_replaceable(destination, force)
+    require_replaceable(destination, force)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         room = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}"
@@ -189,16 +198,24 @@ def beside(destination: Path, force: bool) -> Iterator[Path]:
     old, fresh = room / "old", room / destination.name
     try:
         yield fresh
-        if destination.is_dir():
+        require_replaceable(destination, force)  # once more: it may have come, or changed, in the meantime
+        if os.path.lexists(destination):
             os.replace(destination, old)  # a folder cannot be moved onto another
         os.replace(fresh, destination)
     finally:
-        if old.exists() and not destination.exists():
+        if os.path.lexists(old) and not os.path.lexists(destination):
             os.replace(old, destination)
         shutil.rmtree(room, ignore_errors=True)
 
 
-def _require_replaceable(destination: Path, force: bool) -> None:
+def require_replaceable(destination: Path, force: bool) -> None:
+    """Refuse to replace what is not to be replaced.
+
+    Raises:
+      StatedError: the destination exists and `force` is not given, or it holds other things than a port.
+    """
+    if not os.path.lexists(destination):
+        return
     if not force:
         raise StatedError(f"{destination} exists; --force replaces it")
     if destination.is_dir():

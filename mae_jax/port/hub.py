@@ -35,12 +35,18 @@ def download(repository: str) -> Path:
         except EntryNotFoundError:
             return None
 
+    def fetch_if_there(name: str) -> Path | None:
+        try:
+            return fetch(name)
+        except LocalEntryNotFoundError:  # without a network, and not in the cache: the weights may be
+            return None
+
     # Its retries are told to the log, line by line; what came of them is said below.
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        files = [file for name in _WANTED if (file := fetch(name))]
+        files = [file for name in _WANTED if (file := fetch_if_there(name))]
         weights = next((file for name in _WEIGHTS if (file := fetch(name))), None)
     except Exception as error:  # whatever its network layers raise
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

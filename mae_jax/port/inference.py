@@ -47,8 +47,11 @@ def infer_config(tensors: Mapping[str, np.ndarray], hints: Hints, dtype: Dtype) 
       StatedError: a tensor that tells of the configuration is missing, or heads or image size must be given.
     """
     width, channels, *patch_hw = _shape(tensors, "patch_embed.proj.weight", 4)
-    class_token = "cls_token" in tensors
     rows = _shape(tensors, "pos_embed", 3)[1]
+    # Where the token is missing from a table with a row for it, it is to be named, and not the table.
+    class_token = "cls_token" in tensors or (
+        math.isqrt(rows) ** 2 != rows and math.isqrt(rows - 1) ** 2 == rows - 1 and hints.image_size is None
+    )
     widths = {"encoder": width}
     if "decoder_embed.weight" in tensors:
         widths["decoder"] = _shape(tensors, "decoder_embed.weight", 2)[0]
@@ -108,10 +111,10 @@ def _heads(widths: Mapping[str, int], hints: Hints) -> dict[str, int]:
 
 def _stack(tensors: Mapping[str, np.ndarray], name: str, width: int, heads: int) -> TransformerConfig:
     key = "blocks" if name == "encoder" else "decoder_blocks"
-    depth = 0
-    while any(f"{key}.{depth}.{module}.weight" in tensors for module in ("norm1", "mlp.fc1")):
-        depth += 1
-    hidden = _shape(tensors, f"{key}.0.mlp.fc1.weight", 2)[0]
+    # As deep as the highest number: a block that is missing is then named.
+    depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith(f"{key}.")), default=-1)
+    some = next((n for i in range(depth) if (n := f"{key}.{i}.mlp.fc1.weight") in tensors), f"{key}.0.mlp.fc1.weight")
+    hidden = _shape(tensors, some, 2)[0]
     try:
         return TransformerConfig(width, depth, heads, hidden / width)
     except ValueError as error:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from mae_jax.errors import StatedError
 from mae_jax.port.keys import Config, Part, Tensors, key_faults, shapes
 
 Name = Literal["fair", "timm", "huggingface", "lightly", "lightly-deprecated"]
@@ -150,21 +151,38 @@ _DECODER_SIGNATURE = ("decoder_embed.weight", *(f"decoder_{key}" for key in _SIG
 
 
 def detect(keys: Iterable[str]) -> tuple[Layout, str] | None:
-    """The layout of these names, and what stands before each of them (`module.`, a Lightning attribute, nothing)."""
+    """The layout of these names, and what stands before each of them (`module.`, a Lightning attribute, nothing).
+
+    Raises:
+      StatedError: there are two such models beside each other.
+    """
     names = set(keys)
     best: tuple[int, Layout, str] | None = None
+    alike: set[str] = set()  # prefixes of the best score
     for layout in LAYOUTS:
-        patch = layout.rename(PATCH_PROJECTION)[0]
-        for prefix in sorted((key.removesuffix(patch) for key in names if key.endswith(patch)), key=len):
-            if prefix and not prefix.endswith("."):
-                continue
+        for prefix in _prefixes(names, layout):
             found = [
                 all(prefix + name in names for name in layout.rename(key)) for key in (*_SIGNATURE, *_DECODER_SIGNATURE)
             ]
             score = sum(found)
-            if any(found[: len(_SIGNATURE)]) and (best is None or score > best[0]):
-                best = score, layout, prefix
+            if not any(found[: len(_SIGNATURE)]) or (best is not None and score < best[0]):
+                continue
+            if best is None or score > best[0]:
+                best, alike = (score, layout, prefix), {prefix}
+            elif layout is best[1]:
+                alike.add(prefix)
+    if len(alike) > 1:
+        raise StatedError(
+            f"two models lie beside each other, under {' and '.join(map(repr, sorted(alike)))}: save the one alone"
+        )
     return None if best is None else best[1:]
+
+
+def _prefixes(names: set[str], layout: Layout) -> list[str]:
+    """What stands before the tensors that begin a model, by any of those that might be there."""
+    first = [layout.rename(key)[0] for key in (PATCH_PROJECTION, "patch_embed.proj.bias", *_SIGNATURE[:2])]
+    found = {key.removesuffix(name) for name in first for key in names if key.endswith(name)}
+    return sorted((prefix for prefix in found if not prefix or prefix.endswith(".")), key=lambda p: (len(p), p))
 
 
 def from_layout(tensors: Tensors, layout: Layout, config: Config, part: Part = "all") -> Tensors:

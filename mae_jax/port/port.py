@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mae_jax.config import ModelConfig, Size
 from mae_jax.errors import StatedError
-from mae_jax.port.files import beside
+from mae_jax.port.files import beside, require_replaceable
 from mae_jax.port.formats import Format, is_folder, remarks, require_expressible
 from mae_jax.port.inference import Hints
 from mae_jax.port.keys import Part, encoder_config
@@ -37,6 +37,7 @@ def port(
     if to == "jax" and dtype != "float32":
         raise StatedError(f"dtype {dtype}: parameters of this project are float32")
     is_folder(destination, to)  # refuses a wrong ending before anything is read
+    require_replaceable(destination, force)
     weights = read_weights(source, hints, image_size=image_size)
     part = _part(weights, part, to)
     say(f"{source}: {weights.origin}; {describe(weights)}")

@@ -59,13 +59,19 @@ def load_torch(
         raise StatedError('dtype float64 needs jax.config.update("jax_enable_x64", True) first')
     hints = Hints(encoder_heads, decoder_heads, source_image_size, mask_ratio, norm_pix_loss)
     weights = read_weights(source, hints, image_size=image_size, dtype=dtype)
-    return weights.config, jax.tree.map(jax.numpy.asarray, weights.params)
+    # Copied: the arrays read are views of the file, which may be written anew while they are in use.
+    return weights.config, jax.tree.map(jax.numpy.array, weights.params)
 
 
 def read_weights(
-    source: str | Path, hints: Hints | None = None, *, image_size: Size | None = None, dtype: Dtype = "float32"
+    source: str | Path,
+    hints: Hints | None = None,
+    *,
+    fallback: Hints | None = None,
+    image_size: Size | None = None,
+    dtype: Dtype = "float32",
 ) -> Weights:
-    """What a source holds; `hints` go before what it says of itself.
+    """What a source holds; `hints` go before what it says of itself, `fallback` where it says nothing.
 
     Raises:
       StatedError: it cannot be read, or is no masked autoencoder.
@@ -74,7 +80,7 @@ def read_weights(
     hints = hints or Hints()
     if not path.exists():
         raise StatedError(f"{source} does not exist")
-    weights = _from_run(path, hints) if _is_run(path) else _from_torch(path, hints, dtype)
+    weights = _from_run(path, hints) if _is_run(path) else _from_torch(path, hints, fallback or Hints(), dtype)
     return weights if image_size is None else for_image_size(weights, image_size)
 
 
@@ -101,19 +107,27 @@ def _from_run(path: Path, hints: Hints) -> Weights:
     )
 
 
-def _from_torch(path: Path, hints: Hints, dtype: Dtype) -> Weights:
+def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weights:
     if path.is_dir():
         contents, beside = _read_folder(path)
     else:
         contents, beside = read_file(path), _said_in(path.parent) if path.name in _WEIGHT_FILES else {}
-    found = detect(contents.tensors)
+    try:
+        found = detect(contents.tensors)
+    except StatedError as error:
+        raise StatedError(f"{path}: {error}") from error
     if found is None:
         keys = ", ".join(list(contents.tensors)[:4])
         raise StatedError(f"{path} holds no masked autoencoder that is known here (its keys begin: {keys})")
     layout, prefix = found
     notes = [f"left out: {', '.join(contents.left)}"] if contents.left else []
     tensors = _strip(contents.tensors, prefix, layout, notes)
-    given = hints.over(_hints(contents.arguments)).over(_hints(beside))
+    told = _hints(contents.arguments, path).over(_hints(beside, path))
+    for name in ("encoder_heads", "decoder_heads"):
+        asked, said = getattr(hints, name), getattr(told, name)
+        if None not in (asked, said) and asked != said:
+            raise StatedError(f"{path} says {name} {said}, and {asked} is asked for: leave it out")
+    given = hints.over(told).over(fallback)
     _check_settings(beside, path, notes)
     if given.norm_pix_loss is None and any(in_decoder(key) for key in _named(tensors, layout)):
         notes.append(
@@ -168,12 +182,15 @@ def _named(tensors: Tensors, layout: Layout) -> Tensors:
     ]
     for blocks in ("blocks", "decoder_blocks"):
         depth = 0
-        while found := [
-            key
-            for key in (f"{blocks}.{depth}.norm1.weight", f"{blocks}.{depth}.mlp.fc1.weight")
-            if layout.rename(key)[0] in tensors
-        ]:
+        gap = 0  # a block may be missing, which is then named
+        while gap < 2:
+            found = [
+                key
+                for key in (f"{blocks}.{depth}.norm1.weight", f"{blocks}.{depth}.mlp.fc1.weight")
+                if layout.rename(key)[0] in tensors
+            ]
             keys += found
+            gap = 0 if found else gap + 1
             depth += 1
     return {key: tensors[layout.rename(key)[0]] for key in keys if layout.rename(key)[0] in tensors}
 
@@ -199,7 +216,10 @@ def _read_folder(folder: Path) -> tuple[Contents, dict[str, Any]]:
         if (folder / name).is_file():
             return read_file(folder / name), beside
     if (folder / _INDEX).is_file():
-        parts = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+        places = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(places, dict) or any(Path(str(name)).name != name for name in places.values()):
+            raise StatedError(f"{folder / _INDEX} names no files of this folder under weight_map")
+        parts = sorted(set(places.values()))
         tensors = {key: values for name in parts for key, values in read_file(folder / name).tensors.items()}
         return Contents(tensors, {}), beside
     raise StatedError(f"{folder} holds no weights ({', '.join((*_WEIGHT_FILES, _INDEX))}) and is no run")
@@ -222,19 +242,33 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _hints(said: Mapping[str, Any]) -> Hints:
-    """What arguments or a config.json say, under the names of the authors, of Hugging Face or of this project."""
+def _hints(said: Mapping[str, Any], path: Path) -> Hints:
+    """What arguments or a config.json say, under the names of the authors, of Hugging Face or of this project.
+
+    Raises:
+      StatedError: a value is of another type.
+    """
 
     def first(*names: str) -> Any:
         return next((said[name] for name in names if said.get(name) is not None), None)
 
+    def number(kind: Any, *names: str) -> Any:
+        value = first(*names)
+        if value is not None and not isinstance(value, kind):
+            raise StatedError(f"{path} says {names[0]} {value!r}, which is no {getattr(kind, '__name__', 'number')}")
+        return value
+
     size = first("image_size", "input_size")
+    if isinstance(size, list | tuple) and not (len(size) == 2 and all(isinstance(side, int) for side in size)):
+        raise StatedError(f"{path} says image_size {size!r}, which is not a side, nor height and width")
+    if not isinstance(size, list | tuple | int | None):
+        raise StatedError(f"{path} says image_size {size!r}, which is not a side, nor height and width")
     return Hints(
-        encoder_heads=first("encoder_heads", "num_attention_heads"),
-        decoder_heads=first("decoder_heads", "decoder_num_attention_heads"),
+        encoder_heads=number(int, "encoder_heads", "num_attention_heads"),
+        decoder_heads=number(int, "decoder_heads", "decoder_num_attention_heads"),
         image_size=tuple(size) if isinstance(size, list) else size,
-        mask_ratio=first("mask_ratio"),
-        norm_pix_loss=first("norm_pix_loss"),
+        mask_ratio=number(int | float, "mask_ratio"),
+        norm_pix_loss=number(int, "norm_pix_loss"),  # True and False are ints, and some write 0 and 1
     )
 
 
@@ -243,15 +277,17 @@ def _check_settings(said: Mapping[str, Any], path: Path, notes: list[str]) -> No
     activation = said.get("hidden_act", "gelu")
     if activation != "gelu":
         raise StatedError(f"{path}: config.json says hidden_act {activation!r}; only the exact gelu is computed here")
-    eps = said.get("layer_norm_eps", 1e-6)
+    eps = said.get("layer_norm_eps", 1e-12 if said.get("model_type") == "vit_mae" else 1e-6)  # their default
     if eps != 1e-6:
         notes.append(f"config.json says layer_norm_eps {eps}; here LayerNorms have the authors' 1e-6")
 
 
 def _normalisation(said: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation from a preprocessor_config.json, or from timm's config.json."""
-    for values in (said.get("preprocessor", {}), said.get("pretrained_cfg", {})):
-        for mean, std in (("image_mean", "image_std"), ("mean", "std")):
-            if len(values.get(mean, ())) == len(values.get(std, ())) == channels:
-                return tuple(values[mean]), tuple(values[std])
+    values: Mapping[str, Any]
+    for values in (said.get("preprocessor") or {}, said.get("pretrained_cfg") or {}):
+        for names in (("image_mean", "image_std"), ("mean", "std")):
+            found: list[Any] = [values.get(name) for name in names]
+            if all(isinstance(one, list) and len(one) == channels for one in found):
+                return tuple(found[0]), tuple(found[1])
     return default_normalisation(channels)

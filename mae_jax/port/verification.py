@@ -15,7 +15,7 @@ from mae_jax.models.mae import MaskedAutoencoder, Output
 from mae_jax.port import receivers
 from mae_jax.port.files import import_torch, read_file
 from mae_jax.port.formats import Format, file_in
-from mae_jax.port.keys import Config, Params, Part, Tensors, to_fair
+from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, to_fair
 from mae_jax.port.layouts import from_layout, hugging_face, written
 from mae_jax.port.receivers import NotInstalledError, Receiver
 from mae_jax.port.weights import Weights
@@ -57,8 +57,9 @@ class Verdict:
 
 def comparable(config: Config, to: Format, part: Part) -> Config:
     """The configuration as the format runs it: random masks, loss on hidden patches, in float32."""
-    if isinstance(config, ClassifierConfig):
+    if isinstance(config, ClassifierConfig) and part == "all":
         return replace(config, model=replace(config.model, dtype="float32", remat=False))
+    config = encoder_config(config)
     return replace(
         config,
         masking="random",
@@ -94,7 +95,8 @@ def verify(weights: Weights, path: Path, to: Format, part: Part, dtype: FileDtyp
         except NotInstalledError as missing:
             receiver = receivers.reference(config, part, _read_as_fair(path, to, config, part))
             if to != "fair":
-                receiver = replace(receiver, library=f"{receiver.library}, since {missing} cannot be imported")
+                note = f"{missing} cannot be imported; its names and configuration are unchecked"
+                receiver = replace(receiver, library=f"{receiver.library} ({note})")
     bound = BOUNDS["forward" if dtype == "float32" else f"{dtype} file"].float32
     return Verdict(receiver.library, tuple(differences(params, config, part, receiver)), bound)
 

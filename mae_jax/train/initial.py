@@ -21,10 +21,13 @@ def start_from(source: str, state: TrainState, model: ModelConfig, say: Callable
     Raises:
       StatedError: there are no such weights, or their encoder is another one.
     """
-    weights = read_weights(source, Hints(model.encoder.heads, model.decoder.heads), image_size=model.image_size)
+    known = Hints(model.encoder.heads, model.decoder.heads)
+    weights = read_weights(source, fallback=known, image_size=model.image_size)
     found = weights.config if isinstance(weights.config, ModelConfig) else weights.config.model
     for note in weights.notes:
         say(f"{source}: {note}")
+    if found.encoder.heads != model.encoder.heads:
+        raise StatedError(f"init {source} has {found.encoder.heads} encoder heads, this run {model.encoder.heads}")
     if found.positions != model.positions:
         raise StatedError(
             f"init {source} has positions {found.positions}, this run {model.positions}: "
@@ -34,11 +37,14 @@ def start_from(source: str, state: TrainState, model: ModelConfig, say: Callable
     if wrong:
         raise StatedError(f"init {source} has another encoder than this run: {wrong[0]} ({len(wrong)} differ)")
     params = state.params | {"encoder": _like(weights.params["encoder"], state.params["encoder"])}
-    if "decoder" in weights.params and not _differing(weights.params["decoder"], state.params["decoder"]):
+    same_heads = found.decoder.heads == model.decoder.heads
+    if "decoder" not in weights.params:
+        say(f"starting from the encoder of {source}, which has no decoder; that is new")
+    elif same_heads and not _differing(weights.params["decoder"], state.params["decoder"]):
         params |= {"decoder": _like(weights.params["decoder"], state.params["decoder"])}
         say(f"starting from the encoder and the decoder of {source}")
     else:
-        say(f"starting from the encoder of {source}; the decoder is new")
+        say(f"starting from the encoder of {source}; its decoder is another one: that is new")
     return state._replace(params=params, average=None if state.average is None else jax.tree.map(jnp.copy, params))
 
 

@@ -179,3 +179,26 @@ def test_safetensors_are_written_without_torch(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert read_file(tmp_path / "f.safetensors").tensors["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_came_to_the_destination_in_the_meantime_stays(tmp_path, force):
+    folder = tmp_path / "model"
+
+    def write():
+        with beside(folder, force) as fresh:
+            fresh.mkdir()
+            folder.mkdir()
+            (folder / "thesis.tex").write_text("mine")
+
+    with pytest.raises(StatedError, match="exists; --force" if not force else "holds other things"):
+        write()
+    assert (folder / "thesis.tex").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02garbage", b"\x80\x04\x95"])
+def test_damage_is_not_called_malice(tmp_path, content):
+    (tmp_path / "f.pth").write_bytes(content)
+    with pytest.raises(StatedError, match="is damaged, cut short or not a PyTorch checkpoint"):
+        read_file(tmp_path / "f.pth")

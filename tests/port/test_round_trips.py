@@ -20,6 +20,7 @@ from mae_jax.port.files import read_file, write_safetensors, write_torch
 from mae_jax.port.inference import Hints
 from mae_jax.port.keys import to_fair
 from mae_jax.port.layouts import LAYOUTS, to_layout
+from mae_jax.port.port import port
 from mae_jax.port.reading import read_weights
 from mae_jax.train.checkpoint import load_params
 
@@ -280,3 +281,64 @@ def test_another_epsilon_is_told(tmp_path):
     held = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(held | {"layer_norm_eps": 1e-12}))
     assert "config.json says layer_norm_eps 1e-12; here LayerNorms have the authors' 1e-6" in read_weights(folder).notes
+
+
+def test_two_models_beside_each_other_are_not_chosen_from(tmp_path):
+    """As a student and its teacher lie in one file."""
+    tensors = {key: torch.from_numpy(np.array(v)) for key, v in to_fair(draw_params(TINY), TINY).items()}
+    state = {f"{name}.{key}": values for name in ("student", "teacher") for key, values in tensors.items()}
+    torch.save(state, tmp_path / "f.pth")
+    with pytest.raises(StatedError, match=r"two models lie beside each other, under 'student\.' and 'teacher\.'"):
+        read_weights(tmp_path / "f.pth", Hints(3, 4))
+
+
+@pytest.mark.parametrize(
+    "key", ["cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.norm1.weight"]
+)
+def test_a_key_that_tells_of_the_shape_is_named_where_it_is_missing(tmp_path, key):
+    state = {k: torch.from_numpy(np.array(v)) for k, v in to_fair(draw_params(TINY), TINY).items() if k != key}
+    torch.save(state, tmp_path / "f.pth")
+    with pytest.raises(StatedError, match=f"{key} is missing"):
+        read_weights(tmp_path / "f.pth", Hints(3, 4))
+
+
+def test_what_a_file_says_is_not_overruled(tmp_path):
+    file = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "f.pth", layout="fair")
+    with pytest.raises(StatedError, match="says encoder_heads 3, and 4 is asked for"):
+        mae_jax.load_torch(file, encoder_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("num_attention_heads", "3", "says encoder_heads '3', which is no int"),
+        ("mask_ratio", "0.75", "says mask_ratio '0.75', which is no number"),
+        ("image_size", [3, 32, 32], r"says image_size \[3, 32, 32\], which is not a side"),
+    ],
+)
+def test_values_of_another_type_are_named(tmp_path, name, value, said):
+    folder = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "hf", layout="huggingface")
+    write_safetensors(folder / "model.safetensors", read_file(folder / "model.safetensors").tensors, {})
+    held = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(held | {name: value}))
+    (folder / "preprocessor_config.json").write_text('{"image_mean": null}')
+    with pytest.raises(StatedError, match=said):
+        mae_jax.load_torch(folder)
+
+
+@pytest.mark.parametrize("to", ["fair", "timm"])
+def test_the_encoder_of_a_classifier(tmp_path, to):
+    """Where it pools by the class token, its encoder is one like any other."""
+    config = CLASSIFIERS["class"]
+    mae_jax.save_torch(draw_params(config), config, tmp_path / "f.pth", layout="fair")
+    said = []
+    port(
+        str(tmp_path / "f.pth"),
+        tmp_path / "there",
+        to,
+        part="encoder",
+        hints=Hints(encoder_heads=None),
+        say=said.append,
+    )
+    assert said[-1].startswith("wrote")
+    assert same({"encoder": draw_params(config)["encoder"]}, read_weights(tmp_path / "there", Hints(3)).params)
