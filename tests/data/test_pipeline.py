@@ -323,7 +323,7 @@ def test_hosts_workers_and_resuming_give_the_same_hash(make_folder: Callable[...
     assert digest(read(source, replace(config, workers=2), 2, 5)) == digest(rest)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_on_hosts_give_the_same_hash(make_folder: Callable[..., Path], workers: int) -> None:
     source = open_source(f"folder:{make_folder('photos', 30, broken=(3, 4, 17))}", 3)

@@ -64,7 +64,7 @@ def test_damaged_records_fail_the_inspection(run: Run, records: Path, tmp_path: 
     assert "images-00001-of-00003.array_record is not the file that was prepared" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_pretraining_with_crops_on_the_device_and_repeats(run: Run, records: Path, tmp_path: Path) -> None:
     """Stopped half way and with other numbers of workers and devices it computes the same."""
     views = ["--crops=device", "--canvas-size=24", "--repeats=2"]

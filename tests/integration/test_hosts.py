@@ -99,7 +99,7 @@ def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return workdir, finish(processes)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_signal_to_one_host_stops_all_at_one_step(stopped: tuple[Path, Outcome]) -> None:
     workdir, done = stopped
     assert [code for code, _, _ in done] == [143] * 4, done
@@ -111,7 +111,7 @@ def test_a_signal_to_one_host_stops_all_at_one_step(stopped: tuple[Path, Outcome
         assert "Traceback" not in err
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_what_four_hosts_saved_goes_on_on_one(
     run: Run, stopped: tuple[Path, Outcome], never_stopped: Path, tmp_path: Path
 ) -> None:
@@ -127,7 +127,7 @@ def test_what_four_hosts_saved_goes_on_on_one(
         assert np.abs(found - expected).max() < (1e-6 if found.ndim > 1 else 1e-2) * largest
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_what_four_hosts_saved_goes_on_on_two_although_the_newest_is_broken(
     start: Start, stopped: tuple[Path, Outcome], never_stopped: Path, tmp_path: Path
 ) -> None:
@@ -141,7 +141,7 @@ def test_what_four_hosts_saved_goes_on_on_two_although_the_newest_is_broken(
     assert_same_run(never_stopped, workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("victim", "said"),
     [(0, "the connection to host 0 of 2 is lost"), (1, "host 1 of 2 has not been heard of for 30 s")],

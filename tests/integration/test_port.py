@@ -72,7 +72,7 @@ def test_training_starts_from_a_port(run: Run, trained: Path, tmp_path: Path) ->
     assert "has another encoder than this run" in deeper.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_to_every_format(run: Run, tmp_path: Path) -> None:
     """The authors' checkpoint, verified by what there is."""
     heads = ("--encoder-heads=3", "--decoder-heads=4")

@@ -108,7 +108,7 @@ def test_weights_travel_and_activations_do_not(tiny):
     assert "all-to-all" not in program
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("precision", ["bfloat16"])
 def test_everything_at_once_under_every_engine(tiny, batches, precision):
     """Accumulation, recomputation, clipping, running average and bfloat16."""

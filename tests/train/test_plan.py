@@ -78,7 +78,7 @@ print(memory.total, status("VmHWM") - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize(("width", "batch"), [(256, 256), (384, 256)])
 def test_the_memory_that_is_planned_is_what_a_step_takes(width, batch):
     done = subprocess.run(
