@@ -8,6 +8,7 @@ _PUBLIC = {
     "AugmentConfig": "mae_jax.config",
     "Classifier": "mae_jax.models.classifier",
     "ClassifierConfig": "mae_jax.config",
+    "FinetuneConfig": "mae_jax.config",
     "ModelConfig": "mae_jax.config",
     "OptimConfig": "mae_jax.config",
     "PretrainConfig": "mae_jax.config",

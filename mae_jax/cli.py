@@ -5,62 +5,128 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import getdoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import tyro
 
 from mae_jax.errors import StatedError
 
 if TYPE_CHECKING:
-    from mae_jax.config import PretrainConfig
+    from mae_jax.config import FinetuneConfig, PretrainConfig
+    from mae_jax.train.loop import Finished
 
 # Flags that stand for a longer one.
 ALIASES = {"--precision": "--model.dtype"}
 
 
-def _read_config(args: Sequence[str], prog: str) -> "PretrainConfig":
+Config = TypeVar("Config", "PretrainConfig", "FinetuneConfig")
+
+
+def _read_config(
+    args: Sequence[str],
+    prog: str,
+    kind: "type[Config]",
+    presets: "Mapping[str, Callable[[], Config]]",
+    adopt: "Callable[[Config, str], Config] | None" = None,
+) -> "Config":
+    """The configuration of a command line that begins with the name of a preset.
+
+    adopt: puts into the preset what the weights say that `--init` names; flags go before it.
+    """
+    if args and args[0] in presets:
+        preset = presets[args[0]]
+        words = _unalias(args[1:])
+        default = preset()
+        if adopt is not None:
+            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first.add_argument("--init")
+            if init := first.parse_known_args(words)[0].init:
+                default = adopt(default, init)
+        description = f"{getdoc(preset)}\n\n--precision stands for --model.dtype; --debug shows tracebacks."
+        return tyro.cli(kind, default=default, args=words, prog=f"{prog} {args[0]}", description=description)
+    # Help, or a word that is no preset.
+    recipes = tyro.extras.subcommand_type_from_defaults(
+        {name: preset() for name, preset in presets.items()},
+        {name: preset.__doc__ or "" for name, preset in presets.items()},
+    )
+    return tyro.cli(recipes, args=_unalias(args), prog=prog)
+
+
+def _read_pretraining(args: Sequence[str], prog: str) -> "PretrainConfig":
     from mae_jax.config import PretrainConfig
     from mae_jax.presets import PRESETS
 
-    if args and args[0] in PRESETS:
-        preset = PRESETS[args[0]]
-        description = f"{getdoc(preset)}\n\n--precision stands for --model.dtype; --debug shows tracebacks."
-        return tyro.cli(
-            PretrainConfig,
-            default=preset(),
-            args=_unalias(args[1:]),
-            prog=f"{prog} {args[0]}",
-            description=description,
-        )
-    # Help, or a word that is no preset.
-    recipes = tyro.extras.subcommand_type_from_defaults(
-        {name: preset() for name, preset in PRESETS.items()},
-        {name: preset.__doc__ or "" for name, preset in PRESETS.items()},
-    )
-    return tyro.cli(recipes, args=_unalias(args), prog=prog)
+    return _read_config(args, prog, PretrainConfig, PRESETS)
+
+
+def _ended(finished: "Finished", args: Sequence[str], prog: str) -> int:
+    """Say how a run ended, and the exit code for it."""
+    print(f"step {finished.step} is saved in {finished.workdir}")
+    if finished.signal is None:
+        return 0
+    print(f"stopped by {finished.signal.name}; to continue: {shlex.join([*prog.split(), *args])}")
+    return 128 + finished.signal
 
 
 def pretrain(args: Sequence[str], prog: str) -> int:
     """Pretrain a masked autoencoder: mae-jax pretrain PRESET [--field value]. Run again, it continues."""
     from mae_jax.train.host_memory import keep_freed_memory
 
-    config = _read_config(args, prog)
+    config = _read_pretraining(args, prog)
     keep_freed_memory()
     _prepare_jax(config.model.dtype)
     from mae_jax.train.hosts import joined
-    from mae_jax.train.loop import pretrain
+    from mae_jax.train.pretrain import pretrain
 
     with joined(config) as hosts:
         finished = pretrain(config, hosts)
-    print(f"step {finished.step} is saved in {finished.workdir}")
-    if finished.signal is None:
-        return 0
-    print(f"stopped by {finished.signal.name}; to continue: {shlex.join([*prog.split(), *args])}")
-    return 128 + finished.signal
+    return _ended(finished, args, prog)
+
+
+def finetune(args: Sequence[str], prog: str) -> int:
+    """Fine-tune an encoder with a head: mae-jax finetune PRESET --init RUN_OR_CHECKPOINT [--eval-only]."""
+    from mae_jax.transfer_presets import FINETUNE
+
+    return _transfer(args, prog, FINETUNE)
+
+
+def probe(args: Sequence[str], prog: str) -> int:
+    """Train linear heads on a frozen encoder: mae-jax probe PRESET --init RUN_OR_CHECKPOINT [--sweep RATES]."""
+    from mae_jax.transfer_presets import PROBE
+
+    return _transfer(args, prog, PROBE)
+
+
+def _transfer(args: Sequence[str], prog: str, presets: "Mapping[str, Callable[[], FinetuneConfig]]") -> int:
+    from mae_jax.config import FinetuneConfig
+    from mae_jax.train.host_memory import keep_freed_memory
+
+    def adopt(config: FinetuneConfig, init: str) -> FinetuneConfig:
+        from mae_jax.train.initial import adopted
+
+        return adopted(config, init)
+
+    words = [word for word in args if word != "--eval-only"]
+    config = _read_config(words, f"{prog} [--eval-only]", FinetuneConfig, presets, adopt)
+    keep_freed_memory()
+    _prepare_jax(config.model.dtype)
+    from mae_jax.train.finetune import evaluate, finetune
+    from mae_jax.train.hosts import joined
+
+    with joined(config) as hosts:
+        if len(words) < len(args):
+            outcomes = evaluate(config, hosts)
+            top1, top5 = outcomes.top(1)[0], outcomes.top(5)[0]
+            left_out = f"; {outcomes.left_out} left out" if outcomes.left_out else ""
+            print(f"top-1 {top1:.2%}, top-5 {top5:.2%} of {len(outcomes.label):,} images{left_out}")
+            print(f"wrote confusion.png and worst.png into {config.workdir}")
+            return 0
+        finished = finetune(config, hosts)
+    return _ended(finished, args, prog)
 
 
 def plan(args: Sequence[str], prog: str) -> int:
@@ -73,7 +139,7 @@ def plan(args: Sequence[str], prog: str) -> int:
     parser.add_argument("--flops", type=float, default=1.5e14)
     parser.add_argument("--bandwidth", type=float, default=1e11)
     own, rest = parser.parse_known_args(args)
-    config = _read_config(rest, f"{prog} [--memory 40GiB] [--flops 1.5e14] [--bandwidth 1e11]")
+    config = _read_pretraining(rest, f"{prog} [--memory 40GiB] [--flops 1.5e14] [--bandwidth 1e11]")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={config.devices or 1}"
     os.environ |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     _prepare_jax(config.model.dtype)
@@ -286,6 +352,8 @@ def _tyro_command(function: Callable[..., int]) -> Callable[[Sequence[str], str]
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "pretrain": pretrain,
+    "finetune": finetune,
+    "probe": probe,
     "plan": plan,
     "reconstruct": _tyro_command(reconstruct),
     "knn": _tyro_command(knn),

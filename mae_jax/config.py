@@ -11,6 +11,7 @@ Positions = Literal["sincos2d", "sincos1d", "learned"]
 Masking = Literal["random", "block", "grid"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Size = int | tuple[int, int]
+Pooling = Literal["mean", "class"]  # mean of the patches, then a LayerNorm; or LayerNorm, then the class token
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -187,10 +188,12 @@ class ClassifierConfig:
 
     model: ModelConfig = ModelConfig()  # of which the decoder and the masks play no part
     classes: int = 1000
-    pooling: Literal["mean", "class"] = "mean"  # mean of the patches, then a LayerNorm; or LayerNorm, then class token
+    pooling: Pooling = "mean"
+    drop_path: float = 0.0  # of the last block; the rate rises from 0 (Huang et al. 2016)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "classes")
+        _require_whole(self, "classes")
+        _require_unit_interval(self, "drop_path")
         if self.pooling == "class" and not self.model.class_token:
             raise ValueError("pooling class needs a class token, and model.class_token is False")
 
@@ -222,8 +225,9 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule (He et al. 2021, Table 8)."""
+    """The optimizer and its schedule (He et al. 2021, Tables 8 to 10)."""
 
+    optimizer: Literal["adamw", "lars"] = "adamw"
     base_lr: float = 1.5e-4  # at a global batch of 256; scaled linearly
     min_lr: float = 0.0
     warmup_epochs: float = 40.0
@@ -232,12 +236,14 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.9  # of LARS
+    trust: float = 0.001  # of LARS: a step's length over the weights' length, at rate 1
     clip_norm: float | None = None  # largest global gradient norm
     ema_decay: float | None = None  # of a running average of the parameters
 
     def __post_init__(self) -> None:
-        _require_positive(self, "base_lr", "eps")
-        _require_unit_interval(self, "beta1", "beta2")
+        _require_positive(self, "base_lr", "eps", "trust")
+        _require_unit_interval(self, "beta1", "beta2", "momentum")
         for name in ("min_lr", "warmup_epochs", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)} must be finite and not negative")
@@ -248,8 +254,8 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """One pretraining run, whole: what is trained, on what, for how long, and where it is kept."""
+class RunConfig:
+    """What every training run says: what is trained, on what, for how long, and where it is kept."""
 
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -265,7 +271,7 @@ class PretrainConfig:
     seed: int = 0
 
     init: str | None = None  # start from these weights: a run, or a PyTorch checkpoint that `mae-jax port` reads
-    workdir: str = "runs/pretrain"
+    workdir: str = "runs/run"
     engine: Literal["pmap", "jit", "fsdp"] = "pmap"  # pmap: one host; fsdp: the state is cut over devices
     devices: int | None = None  # the first so many devices of each host; all by default
     fsdp: int | None = None  # devices that engine fsdp cuts one copy of the state over; by default all
@@ -277,12 +283,11 @@ class PretrainConfig:
     save_every: int = 1000  # steps
     keep: int = 3  # newest checkpoints
     keep_every: int | None = None  # steps: checkpoints at multiples of this are kept for good
-    reconstruct_every: int | None = 1000  # steps: a picture of reconstructions into the event file
 
     def __post_init__(self) -> None:
         _require_positive(self, "epochs")
         _require_whole(self, "batch_size", "accumulate", "log_every", "save_every", "keep", "repeats")
-        for name in ("canvas_size", "steps", "devices", "fsdp", "num_processes", "keep_every", "reconstruct_every"):
+        for name in ("canvas_size", "steps", "devices", "fsdp", "num_processes", "keep_every"):
             if getattr(self, name) is not None:
                 _require_whole(self, name)
         if self.keep_every is not None and self.keep_every % self.save_every:
@@ -324,6 +329,97 @@ class PretrainConfig:
         host, _, port = given["coordinator"].rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"coordinator {self.coordinator} is not HOST:PORT")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """One pretraining run, whole."""
+
+    workdir: str = "runs/pretrain"
+    reconstruct_every: int | None = 1000  # steps: a picture of reconstructions into the event file
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reconstruct_every is not None:
+            _require_whole(self, "reconstruct_every")
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """What is done to a batch of images and their classes (He et al. 2021, Table 9)."""
+
+    smoothing: float = 0.0  # of the target, shared by all classes (Szegedy et al. 2015)
+    mixup: float = 0.0  # alpha of the Beta distribution; 0 is off (Zhang et al. 2017)
+    cutmix: float = 0.0  # the same (Yun et al. 2019)
+    cutmix_share: float = 0.5  # of the batches, where both are on
+    erase: float = 0.0  # share of the images in which a random rectangle becomes noise (Zhong et al. 2017)
+
+    def __post_init__(self) -> None:
+        _require_unit_interval(self, "smoothing")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} must be finite and not negative")
+        for name in ("cutmix_share", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is outside [0, 1]")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """One run of a classifier on an encoder: fine-tuned, in part or whole, or linear probing."""
+
+    workdir: str = "runs/finetune"
+    pooling: Pooling = "mean"
+    classes: int | None = None  # by default those of the data
+    drop_path: float = 0.0  # of the last block; the rate rises from 0 (Huang et al. 2016)
+    layer_decay: float = 1.0  # each block learns so many times slower than the next (Clark et al. 2020)
+    last_blocks: int | None = None  # train these and the head alone; 0: linear probing
+    batch_norm: bool = False  # normalise features in front of the head, without scale and bias (appendix A.1)
+    sweep: tuple[float, ...] = ()  # base rates of as many heads, in place of optim.base_lr; all learn at once
+    head_std: float = 2e-5  # of the head's first weights
+    mix: MixConfig = MixConfig()
+    holdout: int = 5  # where data has no split val, one image of so many is kept from training to evaluate on
+    evaluate_every: float = 1.0  # epochs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "head_std", "evaluate_every")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay {self.layer_decay} is outside (0, 1]")
+        depth = self.model.encoder.depth
+        if self.last_blocks is not None and not 0 <= self.last_blocks <= depth:
+            raise ValueError(f"last_blocks {self.last_blocks} is not in 0 .. {depth}, the encoder's depth")
+        if self.holdout < 2:
+            raise ValueError(f"holdout {self.holdout} must be 2 or more: one image of so many is kept from training")
+        for name in ("batch_norm", "sweep"):
+            if getattr(self, name) and self.last_blocks != 0:
+                raise ValueError(f"{name} {getattr(self, name)} is for linear probing: it needs last_blocks 0")
+        if self.batch_norm and self.accumulate > 1:
+            raise ValueError(
+                f"batch_norm takes its statistics of the whole batch: accumulate {self.accumulate} is not 1"
+            )
+        if not all(0 < rate < math.inf for rate in self.sweep) or len(set(self.sweep)) < len(self.sweep):
+            raise ValueError(f"sweep {self.sweep} must be different rates, positive and finite")
+        if self.mix.mixes and self.repeats > 1:
+            raise ValueError(f"mixup and cutmix would mix an image with itself: repeats {self.repeats} is not 1")
+        if self.classes is not None:
+            _ = self.classifier
+
+    @property
+    def classifier(self) -> ClassifierConfig:
+        """The model.
+
+        Raises:
+          ValueError: `classes` is not known yet, or the model has no such classifier.
+        """
+        if self.classes is None:
+            raise ValueError("classes is not known yet")
+        return ClassifierConfig(self.model, self.classes, self.pooling, self.drop_path)
 
 
 # Fields in which the hosts of one run may differ.

@@ -12,7 +12,7 @@ import optax
 
 from mae_jax.models import mae
 from mae_jax.port.keys import Params, Tensors, from_fair, to_fair
-from mae_jax.train import engines, optimizers, steps
+from mae_jax.train import engines, objective, optimizers, pretraining, steps
 from parity.reference import EPOCHS, STEPS, STEPS_PER_EPOCH, Reference
 
 
@@ -52,7 +52,7 @@ class Ours:
         """Of the first batch's loss, under the reference's names."""
 
         def gradients(params: Params, images: jax.Array, noise: jax.Array) -> Params:
-            return steps.loss_and_gradients(self.model, params, images, noise)[1]
+            return pretraining.loss_and_gradients(self.model, params, images, noise)[1]
 
         return to_fair(jax.jit(gradients)(self.params, self.images, self.noise), self.config)
 
@@ -91,7 +91,7 @@ class Ours:
         greys = np.broadcast_to(np.arange(len(self.bytes[0]), dtype=np.uint8)[:, None, None, None], self.bytes[0].shape)
         engine = self.engine()
         state = engine.place(self.first_state({"none": jnp.zeros(())}))
-        batch = engine.put(steps.Batch(jnp.asarray(greys), jnp.asarray(self.positions[0])))
+        batch = engine.put(objective.Batch(jnp.asarray(greys), jnp.asarray(self.positions[0])))
         with nn.intercept_methods(spy):
             jax.block_until_ready(engine.step(state, batch))
         jax.effects_barrier()
@@ -106,7 +106,7 @@ class Ours:
         engine = self.engine()
         state, metrics, gradients = engine.place(self.first_state(self.params)), [], {}
         for step in range(STEPS):
-            batch = steps.Batch(jnp.asarray(self.bytes[step]), jnp.asarray(self.positions[step]))
+            batch = objective.Batch(jnp.asarray(self.bytes[step]), jnp.asarray(self.positions[step]))
             state, measured = engine.step(state, engine.put(batch))
             metrics.append(jax.device_get(measured))
             if step == 0:

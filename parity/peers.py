@@ -17,7 +17,7 @@ from mae_jax.port.keys import Part, Tensors, entries, from_fair, frozen_tables, 
 from mae_jax.port.layouts import detect, from_layout, in_decoder, to_layout
 from mae_jax.port.receivers import Receiver
 from mae_jax.port.verification import comparable
-from mae_jax.train.steps import loss_and_gradients
+from mae_jax.train.pretraining import loss_and_gradients
 from parity.compare import Pair, Result, compare
 from parity.reference import Reference
 from parity.updates import module_of

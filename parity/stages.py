@@ -16,7 +16,7 @@ import torch
 
 from mae_jax.config import ModelConfig, TransformerConfig
 from mae_jax.models import layers, mae, masking, patches, positions
-from mae_jax.train import steps
+from mae_jax.train import objective
 from parity import torch_mae
 from parity.compare import Pair, Result, compare
 from parity.mixed_precision import mixed_precision
@@ -33,7 +33,7 @@ Pairs = Iterator[Pair]
 def images(ours: Ours, reference: Reference) -> Pairs:
     """Bytes to normalised images."""
     config = ours.run_config
-    normalised = steps.normalise_images(jnp.asarray(ours.bytes[0]), config.augment, config.model.dtype)
+    normalised = objective.normalise_images(jnp.asarray(ours.bytes[0]), config.augment, config.model.dtype)
     yield Pair("images", "images", normalised, reference.images[0].movedim(1, -1), "stage")
 
 

@@ -88,7 +88,8 @@ def jax_side(config: PretrainConfig, device_kind: str | None) -> Side:
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
 
     from mae_jax.train.engines import choose_devices, pmap_engine
-    from mae_jax.train.steps import Batch, init_state, make_step
+    from mae_jax.train.objective import Batch
+    from mae_jax.train.steps import init_state, make_step
 
     engine = pmap_engine(
         lambda axis: make_step(config, steps_per_epoch=1000.0, epochs=100.0, axis_name=axis),

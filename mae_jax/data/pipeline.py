@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from mae_jax import rng
-from mae_jax.config import PretrainConfig
+from mae_jax.config import RunConfig
 from mae_jax.data.decoding import BrokenImage
 from mae_jax.data.pictures import Picture
 from mae_jax.data.reading import Batches, Part, join, part_size
@@ -41,7 +41,7 @@ class TrainingBatch(TypedDict):
 
 def training_batches(
     source: Source,
-    config: PretrainConfig,
+    config: RunConfig,
     *,
     start_step: int = 0,
     stop_step: int | None = None,
@@ -102,7 +102,7 @@ class _Part:
 
     source: Source
     order: grain.MapDataset  # source indices by group
-    config: PretrainConfig
+    config: RunConfig
     groups: int  # in a global batch
     first: int  # of this host's groups in a global batch
     per_batch: int  # parts

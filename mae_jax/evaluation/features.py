@@ -13,7 +13,7 @@ from mae_jax.data.evaluation import evaluation_batches
 from mae_jax.data.sources import Source
 from mae_jax.models.layers import Tokens
 from mae_jax.models.mae import MaskedAutoencoder
-from mae_jax.train.steps import Params, normalise_images
+from mae_jax.train.objective import Params, normalise_images
 
 Pooling = Literal["mean", "class"]
 

@@ -13,7 +13,8 @@ from mae_jax.data.sources import Source, open_source
 from mae_jax.errors import NoSuchSplitError, StatedError
 from mae_jax.evaluation.features import Features, Pooling, source_features
 from mae_jax.train.checkpoint import load_params
-from mae_jax.train.steps import Params, init_state
+from mae_jax.train.objective import Params
+from mae_jax.train.steps import init_state
 
 Bank = tuple[Float[np.ndarray, "images width"], Int[np.ndarray, " images"]]
 Queries = tuple[Float[np.ndarray, "queries width"], Int[np.ndarray, " queries"]]

@@ -15,7 +15,7 @@ from mae_jax.models.losses import patch_statistics
 from mae_jax.models.mae import MaskedAutoencoder, Output
 from mae_jax.models.masking import Noise
 from mae_jax.models.patches import patchify, unpatchify
-from mae_jax.train.steps import Params, normalise_images
+from mae_jax.train.objective import Params, normalise_images
 
 Bytes = UInt8[Array, "batch height width channels"]
 

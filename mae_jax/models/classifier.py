@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mae_jax.config import ClassifierConfig, wide
-from mae_jax.models.layers import Dense, LayerNorm
+from mae_jax.models.layers import Dense, LayerNorm, drop_path
 from mae_jax.models.mae import Encoder, everything_visible
+
+Pooled = Float[Array, "batch width"]
 
 
 class Classifier(nn.Module):
@@ -25,13 +27,24 @@ class Classifier(nn.Module):
             self.fc_norm = LayerNorm(config.model.dtype)
         self.head = Dense(config.classes, config.model.dtype)
 
-    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
-        """The logits, in float32 or wider."""
-        model = self.config.model
-        patches, mask = everything_visible(images, model)
-        if self.config.pooling == "mean":
-            tokens = self.encoder.blocks(patches, mask)
-            pooled = self.fc_norm(tokens[:, int(model.class_token) :].mean(axis=1, keepdims=True))[:, 0]
-        else:
-            pooled = self.encoder(patches, mask)[:, 0]
-        return self.head(pooled).astype(jnp.dtype(wide(model.dtype)))
+    def __call__(
+        self,
+        images: Float[Array, "batch height width channels"],
+        uniforms: Float[Array, "batch depth 2"] | None = None,
+    ) -> Float[Array, "batch classes"]:
+        """The logits, in float32 or wider; with uniforms in [0, 1), branches are dropped at the configured rate."""
+        return self.head(self.pool(images, uniforms)).astype(jnp.dtype(wide(self.config.model.dtype)))
+
+    def pool(
+        self,
+        images: Float[Array, "batch height width channels"],
+        uniforms: Float[Array, "batch depth 2"] | None = None,
+    ) -> Pooled:
+        """What the head sees."""
+        config = self.config
+        patches, mask = everything_visible(images, config.model)
+        survival = None if uniforms is None else drop_path(uniforms, config.drop_path)
+        tokens = self.encoder.blocks(patches, mask, survival)
+        if config.pooling == "class":
+            return self.encoder.norm(tokens)[:, 0]
+        return self.fc_norm(tokens[:, int(config.model.class_token) :].mean(axis=1, keepdims=True))[:, 0]

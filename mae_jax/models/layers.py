@@ -77,8 +77,14 @@ class Mlp(nn.Module):
         return Dense(x.shape[-1], self.dtype, name="fc2")(gelu(hidden))
 
 
+Survival = Float[Array, "batch 2"]  # what the two branches of a block are multiplied by, example by example
+
+
 class Block(nn.Module):
-    """x + attention(LayerNorm(x)), then x + mlp(LayerNorm(x)), of the tokens from `since` on."""
+    """x + attention(LayerNorm(x)), then x + mlp(LayerNorm(x)), of the tokens from `since` on.
+
+    With `survival` each branch is multiplied by its own column before it is added (drop path).
+    """
 
     config: TransformerConfig
     dtype: Dtype
@@ -89,9 +95,25 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(self.dtype)
         self.mlp = Mlp(self.config.mlp_width, self.dtype)
 
-    def __call__(self, x: Tokens, since: int = 0) -> Float[Array, "batch tokens-{since} width"]:
-        x = x[:, since:] + self.attn(self.norm1(x), since).astype(x.dtype)
-        return x + self.mlp(self.norm2(x)).astype(x.dtype)
+    def __call__(
+        self, x: Tokens, since: int = 0, survival: Survival | None = None
+    ) -> Float[Array, "batch tokens-{since} width"]:
+        x = x[:, since:] + _surviving(self.attn(self.norm1(x), since).astype(x.dtype), survival, 0)
+        return x + _surviving(self.mlp(self.norm2(x)).astype(x.dtype), survival, 1)
+
+
+def _surviving(branch: Tokens, survival: Survival | None, column: int) -> Tokens:
+    return branch if survival is None else branch * survival[:, column, None, None].astype(branch.dtype)
+
+
+def drop_path(uniforms: Float[Array, "batch depth 2"], rate: float) -> Float[Array, "batch depth 2"]:
+    """What each block's branches are multiplied by: 0 where a branch is dropped, else 1 / (its chance to stay).
+
+    The chance to be dropped rises with depth in equal steps from 0 to `rate` (Huang et al. 2016, section 3). So the
+    expectation is 1, and nothing is to be done where nothing is dropped.
+    """
+    stays = 1 - rate * jnp.linspace(0, 1, uniforms.shape[1], dtype=uniforms.dtype)[:, None]
+    return jnp.where(uniforms < stays, 1 / stays, 0)
 
 
 def block_class(remat: bool) -> type[Block]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mae_jax.config import Dtype, ModelConfig, Size, wide
+from mae_jax.config import Dtype, FinetuneConfig, ModelConfig, RunConfig, Size, wide
 from mae_jax.errors import StatedError
 from mae_jax.port.files import Contents, read_file
 from mae_jax.port.hub import download
@@ -18,12 +18,12 @@ from mae_jax.port.inference import Hints, infer_config
 from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, from_fair
 from mae_jax.port.layouts import Layout, detect, from_layout, in_decoder
 from mae_jax.port.weights import Weights, default_normalisation, for_image_size
-from mae_jax.train.checkpoint import load_params
+from mae_jax.train.checkpoint import load_any
+from mae_jax.train.classification import BATCH_NORM_EPS, folded
 
 # The files of a folder that may hold its weights, the first that is there.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
 _INDEX = "model.safetensors.index.json"  # of weights in several files
-_PROBE_EPS = 1e-6  # of the BatchNorm in front of a linear probe's head (He et al. 2021, appendix A.1)
 
 
 def load_torch(
@@ -80,16 +80,19 @@ def read_weights(
     hints = hints or Hints()
     if not path.exists():
         raise StatedError(f"{source} does not exist")
-    weights = _from_run(path, hints) if _is_run(path) else _from_torch(path, hints, fallback or Hints(), dtype)
+    weights = _from_run(path, hints) if is_run(path) else _from_torch(path, hints, fallback or Hints(), dtype)
     return weights if image_size is None else for_image_size(weights, image_size)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether this is a run or a checkpoint of this project."""
     return path.is_dir() and any((path / name).is_dir() for name in ("record", "checkpoints"))
 
 
 def _from_run(path: Path, hints: Hints) -> Weights:
-    config, params, step = load_params(path)
+    config, params, step = load_any(path)
+    if isinstance(config, FinetuneConfig):
+        return _from_classifier(path, config, params, step)
     model = config.model
     changes = {name: value for name in ("mask_ratio", "norm_pix_loss") if (value := getattr(hints, name)) is not None}
     try:
@@ -103,7 +106,27 @@ def _from_run(path: Path, hints: Hints) -> Weights:
         config.augment.mean,
         config.augment.std,
         f"run at step {step}",
-        notes=() if config.optim.ema_decay is None else ("the running average of the parameters is taken",),
+        notes=_averaged(config),
+    )
+
+
+def _averaged(config: RunConfig) -> tuple[str, ...]:
+    return () if config.optim.ema_decay is None else ("the running average of the parameters is taken",)
+
+
+def _from_classifier(path: Path, config: FinetuneConfig, params: Params, step: int) -> Weights:
+    """A fine-tuned or probed run; a BatchNorm in front of the head is put into the head."""
+    if config.sweep:
+        raise StatedError(f"{path} holds the heads of a sweep over {len(config.sweep)} rates: give its folder best")
+    normed = ("the probe's BatchNorm is put into its head",) if config.batch_norm else ()
+    return Weights(
+        config.classifier,
+        jax.tree.map(np.asarray, folded(params)),
+        "all",
+        config.augment.mean,
+        config.augment.std,
+        f"classifier at step {step}",
+        notes=(*_averaged(config), *normed),
     )
 
 
@@ -199,7 +222,7 @@ def _unprobed(tensors: Tensors, notes: list[str]) -> Tensors:
     """A linear probe's head with the BatchNorm before it folded in: the same logits from one product."""
     if "head.0.running_mean" not in tensors or "head.1.weight" not in tensors:
         return tensors
-    scale = 1 / np.sqrt(tensors["head.0.running_var"].astype(np.float64) + _PROBE_EPS)
+    scale = 1 / np.sqrt(tensors["head.0.running_var"].astype(np.float64) + BATCH_NORM_EPS)
     weight = tensors["head.1.weight"] * scale
     folded = {
         "head.weight": weight.astype(np.float32),

@@ -22,10 +22,11 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from orbax.checkpoint import checkpoint_managers
 
-from mae_jax.config import PretrainConfig
+from mae_jax.config import FinetuneConfig, PretrainConfig, RunConfig
 from mae_jax.errors import StatedError
 from mae_jax.train.hosts import Hosts
-from mae_jax.train.steps import Params, init_state
+from mae_jax.train.objective import Params
+from mae_jax.train.steps import init_state
 from mae_jax.train.workdir import CHECKPOINTS, RECORD, config_to_dict, find_checkpoint, read_record
 
 Tree = TypeVar("Tree")
@@ -127,7 +128,7 @@ def _abstract(tree: Tree, layout: Any) -> Tree:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and every multiple of `keep_every` steps.
+    """The checkpoints of one run: the newest `keep`, and every multiple of `keep_every` steps; or the newest alone.
 
     On several hosts all of them make one of these, and call the same methods in the same order.
 
@@ -135,15 +136,20 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: Path, config: PretrainConfig, examples: int | None = None, hosts: Hosts = ALONE
+        self,
+        workdir: Path,
+        config: RunConfig,
+        examples: int | None = None,
+        hosts: Hosts = ALONE,
+        newest_only: bool = False,
     ) -> None:
         self.folder = workdir / CHECKPOINTS
         self._said, self._hosts = {"config": config_to_dict(config), "examples": examples}, hosts
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(_quiet_threads())
         self._late_tasks = False  # whether reads that failed may still be reported
-        policies = [checkpoint_managers.LatestN(config.keep)]
-        if config.keep_every is not None:
+        policies = [checkpoint_managers.LatestN(1 if newest_only else config.keep)]
+        if config.keep_every is not None and not newest_only:
             policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -281,7 +287,7 @@ class Exported(NamedTuple):
     params: Params
 
 
-def save_params(path: Path, config: PretrainConfig, params: Params) -> None:
+def save_params(path: Path, config: RunConfig, params: Params) -> None:
     """Write parameters, of the whole model or of its encoder alone, as a checkpoint that `load_params` reads."""
     exported = Exported(jax.tree.map(jnp.asarray, params))
     record = {"config": config_to_dict(config), "fingerprint": fingerprint(exported)}
@@ -293,12 +299,39 @@ def save_params(path: Path, config: PretrainConfig, params: Params) -> None:
 def load_params(
     run_or_checkpoint: str | Path, part: Literal["all", "encoder"] = "encoder"
 ) -> tuple[PretrainConfig, Params, int]:
-    """Configuration, parameters (their running average where the run keeps one) and step of a checkpoint.
+    """Configuration, parameters (their running average where the run keeps one) and step of a pretraining checkpoint.
 
     The optimizer's state is not read. A checkpoint that was ported may hold the encoder alone; its step is 0.
 
     Raises:
-      StatedError: there is no checkpoint, it cannot be read, or it has no decoder and `part` all asks for one.
+      StatedError: there is no checkpoint, it cannot be read, it is a classifier's, or it has no decoder and `part`
+        all asks for one.
+    """
+    config, params, step = load_any(run_or_checkpoint)
+    if not isinstance(config, PretrainConfig):
+        raise StatedError(f"{run_or_checkpoint} holds a classifier, and this needs a pretraining run")
+    if part == "all" and "decoder" not in params:
+        raise StatedError(f"{run_or_checkpoint} holds an encoder alone, and this needs the decoder too")
+    return config, params, step
+
+
+def load_classifier(run_or_checkpoint: str | Path) -> tuple[FinetuneConfig, Params, int]:
+    """Configuration, parameters (their running average where the run keeps one) and step of a classifier's checkpoint.
+
+    Raises:
+      StatedError: there is no checkpoint, it cannot be read, or it is a pretraining run's.
+    """
+    config, params, step = load_any(run_or_checkpoint)
+    if not isinstance(config, FinetuneConfig):
+        raise StatedError(f"{run_or_checkpoint} holds no classifier: it is a pretraining run's")
+    return config, params, step
+
+
+def load_any(run_or_checkpoint: str | Path) -> tuple[RunConfig, Params, int]:
+    """The same of either kind.
+
+    Raises:
+      StatedError: there is no checkpoint, or it cannot be read.
     """
     folder = find_checkpoint(run_or_checkpoint)
     config, recorded, _ = read_record(folder)
@@ -308,7 +341,7 @@ def load_params(
             jax.eval_shape(lambda: init_state(config)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
         )
         item = {kind: getattr(whole, kind)}
-        if not any("['decoder']" in key for key in recorded):
+        if isinstance(config, PretrainConfig) and not any("['decoder']" in key for key in recorded):
             item[kind] = {"encoder": item[kind]["encoder"]}
         with _quiet_threads(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arguments = ocp.args.PyTreeRestore(
@@ -321,6 +354,4 @@ def load_params(
         _check_fingerprint(params, {key.removeprefix(prefix): value for key, value in recorded.items()})
     except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
         raise StatedError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {error}") from error
-    if part == "all" and "decoder" not in params:
-        raise StatedError(f"{run_or_checkpoint} holds an encoder alone, and this needs the decoder too")
     return config, params, int(folder.name) if folder.name.isdigit() else 0

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mae_jax.errors import StatedError
-from mae_jax.train.steps import Batch, Metrics, Step, TrainState
+from mae_jax.train.objective import Batch
+from mae_jax.train.steps import Metrics, Step, TrainState
 
 AXIS = "data"
 
@@ -49,7 +50,10 @@ class Engine(Protocol):
         """Compute a state where it is to lie, so that no device ever holds more than its part."""
 
     def put(self, batch: Batch) -> Batch:
-        """This host's rows of a batch, cut over its devices; starts the transfer."""
+        """This host's rows of a batch, cut over its devices for the step; starts the transfer."""
+
+    def rows(self, arrays: Tree) -> Tree:
+        """This host's rows of arrays, cut over its devices along their first axis, for any compiled function."""
 
 
 def choose_devices(count: int | None) -> list[jax.Device]:
@@ -117,8 +121,11 @@ class PmapEngine:
     def put(self, batch: Batch) -> Batch:
         """Cut a host batch into one part a device and start the transfer."""
         count = len(self.devices)
-        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-        return jax.device_put(parts, self._sharding(AXIS))
+        return self.rows(jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch))
+
+    def rows(self, arrays: Tree) -> Tree:
+        """Cut arrays over the devices."""
+        return jax.device_put(arrays, self._sharding(AXIS))
 
 
 def pmap_engine(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import jax
 from orbax.checkpoint import multihost
 
-from mae_jax.config import PretrainConfig
+from mae_jax.config import RunConfig
 from mae_jax.errors import StatedError
 from mae_jax.train.liveness import GONE_AFTER, HEARTBEAT, Watch, end, on_abort
 
@@ -57,7 +57,7 @@ def _cluster() -> bool:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or importlib.util.find_spec("libtpu") is not None
 
 
-def _start(config: PretrainConfig) -> bool:
+def _start(config: RunConfig) -> bool:
     """Meet the other hosts, as the configuration or the cluster says; False where there are none."""
     if config.num_processes == 1:
         return False
@@ -87,7 +87,7 @@ def _start(config: PretrainConfig) -> bool:
 
 
 @contextlib.contextmanager
-def joined(config: PretrainConfig) -> Iterator[Hosts]:
+def joined(config: RunConfig) -> Iterator[Hosts]:
     """The hosts of a run, from when all have come until all have done.
 
     One that fails tells the others, and must then leave without waiting for them (`os._exit`).

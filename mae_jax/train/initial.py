@@ -1,29 +1,39 @@
 """Weights of another model to start from."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.config import ModelConfig
+from mae_jax.config import ClassifierConfig, FinetuneConfig, ModelConfig, RunConfig
 from mae_jax.errors import StatedError
 from mae_jax.port.inference import Hints
-from mae_jax.port.reading import read_weights
-from mae_jax.train.steps import Params, TrainState
+from mae_jax.port.keys import encoder_config
+from mae_jax.port.reading import is_run, read_weights
+from mae_jax.port.weights import Weights
+from mae_jax.train.objective import Params
+from mae_jax.train.steps import TrainState
+from mae_jax.train.workdir import find_checkpoint, read_record
+
+Say = Callable[[str], None]
 
 
-def start_from(source: str, state: TrainState, model: ModelConfig, say: Callable[[str], None]) -> TrainState:
+def start_from(source: str, state: TrainState, config: RunConfig, say: Say, whole: bool = False) -> TrainState:
     """The state before the first step with the weights of `source`, wherever its arrays lie.
 
-    A decoder that the source does not have, or has in another size, stays random; positions are fitted to the image.
+    A decoder or a head that the source does not have, or has in another size, stays random, unless the `whole` is
+    asked for; positions are fitted to the image.
 
     Raises:
       StatedError: there are no such weights, or their encoder is another one.
     """
+    model = config.model
     known = Hints(model.encoder.heads, model.decoder.heads)
     weights = read_weights(source, fallback=known, image_size=model.image_size)
-    found = weights.config if isinstance(weights.config, ModelConfig) else weights.config.model
+    found = encoder_config(weights.config)
     for note in weights.notes:
         say(f"{source}: {note}")
     if found.encoder.heads != model.encoder.heads:
@@ -33,19 +43,78 @@ def start_from(source: str, state: TrainState, model: ModelConfig, say: Callable
             f"init {source} has positions {found.positions}, this run {model.positions}: "
             f"continue with --model.positions {found.positions}"
         )
-    wrong = _differing(weights.params["encoder"], state.params["encoder"])
+    if (weights.mean, weights.std) != (config.augment.mean, config.augment.std):
+        say(
+            f"WARNING: images of {source} were normalised with mean {weights.mean} and std {weights.std}, "
+            f"this run's with {config.augment.mean} and {config.augment.std}"
+        )
+    given = _encoder(weights.params["encoder"], state.params["encoder"], source, say)
+    wrong = _differing(given, state.params["encoder"])
     if wrong:
         raise StatedError(f"init {source} has another encoder than this run: {wrong[0]} ({len(wrong)} differ)")
-    params = state.params | {"encoder": _like(weights.params["encoder"], state.params["encoder"])}
-    same_heads = found.decoder.heads == model.decoder.heads
+    params = state.params | {"encoder": _like(given, state.params["encoder"])}
+    if isinstance(config, FinetuneConfig):
+        params |= _head(weights, config, params, source, say, whole)
+    else:
+        params |= _decoder(weights, model, params, source, say)
+    return state._replace(params=params, average=None if state.average is None else jax.tree.map(jnp.copy, params))
+
+
+def adopted(config: FinetuneConfig, source: str) -> FinetuneConfig:
+    """The configuration with the encoder that `source` has, and images of its size and normalised as its were.
+
+    Raises:
+      StatedError: it cannot be read, or does not go with the rest.
+    """
+    if is_run(Path(source)):
+        run = read_record(find_checkpoint(source)).config
+        found, mean, std = run.model, run.augment.mean, run.augment.std
+    else:
+        known = Hints(config.model.encoder.heads, config.model.decoder.heads)
+        weights = read_weights(source, fallback=known)
+        found, mean, std = encoder_config(weights.config), weights.mean, weights.std
+    model = replace(found, dtype=config.model.dtype, remat=config.model.remat, encoder_mask_tokens=False)
+    try:
+        return replace(config, model=model, augment=replace(config.augment, mean=mean, std=std))
+    except ValueError as error:
+        raise StatedError(f"the encoder of {source} does not go with this recipe: {error}") from error
+
+
+def _encoder(given: Params, wanted: Params, source: str, say: Say) -> Params:
+    """The encoder as this run has it: what only a masked autoencoder needs of it, or only a classifier, put right."""
+    given = {name: part for name, part in given.items() if name in wanted or name not in ("norm", "mask_token")}
+    if "norm" in wanted and "norm" not in given:
+        say(f"{source} has no LayerNorm behind its blocks: that is new")
+        given |= {"norm": wanted["norm"]}
+    return given
+
+
+def _decoder(weights: Weights, model: ModelConfig, params: Params, source: str, say: Say) -> Params:
+    same_heads = encoder_config(weights.config).decoder.heads == model.decoder.heads
     if "decoder" not in weights.params:
         say(f"starting from the encoder of {source}, which has no decoder; that is new")
-    elif same_heads and not _differing(weights.params["decoder"], state.params["decoder"]):
-        params |= {"decoder": _like(weights.params["decoder"], state.params["decoder"])}
+    elif same_heads and not _differing(weights.params["decoder"], params["decoder"]):
         say(f"starting from the encoder and the decoder of {source}")
+        return {"decoder": _like(weights.params["decoder"], params["decoder"])}
     else:
         say(f"starting from the encoder of {source}; its decoder is another one: that is new")
-    return state._replace(params=params, average=None if state.average is None else jax.tree.map(jnp.copy, params))
+    return {}
+
+
+def _head(weights: Weights, config: FinetuneConfig, params: Params, source: str, say: Say, whole: bool) -> Params:
+    given, behind = weights.config, [name for name in ("fc_norm", "head") if name in params]
+    same = isinstance(given, ClassifierConfig) and not config.sweep and given.pooling == config.pooling
+    if same and not any(_differing(weights.params[name], params[name]) for name in behind):
+        say(f"starting from the encoder and the head of {source}")
+        return {name: _like(weights.params[name], params[name]) for name in behind}
+    if whole:
+        wanted = f"a head of {config.classes} classes on pooling {config.pooling}"
+        has = "no head"
+        if isinstance(given, ClassifierConfig):
+            has = f"a head of {given.classes} classes on pooling {given.pooling}"
+        raise StatedError(f"{source} has {has}, and {wanted} is to be evaluated")
+    say(f"starting from the encoder of {source}; the head is new")
+    return {}
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:

@@ -1,26 +1,24 @@
-"""One pretraining run, from its configuration to its last checkpoint: the room where everything meets."""
+"""One run, from its configuration to its last checkpoint: the room where everything meets."""
 
 import contextlib
 import dataclasses
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from mae_jax.config import PretrainConfig
+from mae_jax.config import FinetuneConfig, RunConfig
 from mae_jax.data.broken import BrokenFiles
-from mae_jax.data.evaluation import load_samples
 from mae_jax.data.pipeline import TrainingBatch, training_batches
-from mae_jax.data.sources import Source, absolute, open_source
+from mae_jax.data.sources import Source
 from mae_jax.errors import StatedError
-from mae_jax.evaluation.reconstruction import draw, reconstruct, sample_noise
 from mae_jax.train.agreement import check_agreement, claim_together
 from mae_jax.train.build import Length, build_engine, run_length, state_shapes
 from mae_jax.train.checkpoint import Checkpoints
@@ -28,12 +26,11 @@ from mae_jax.train.engines import Engine
 from mae_jax.train.hosts import Hosts
 from mae_jax.train.initial import start_from
 from mae_jax.train.metrics import RunLog, SilentLog
+from mae_jax.train.objective import Batch, Params
+from mae_jax.train.selection import select
 from mae_jax.train.signals import StopRequest
-from mae_jax.train.steps import Batch, Metrics, Params, TrainState, init_state
+from mae_jax.train.steps import Metrics, TrainState, init_state, make_objective
 from mae_jax.train.workdir import find_checkpoint
-
-ALONE = Hosts()
-PICTURED = 8  # images in the pictures of reconstructions
 
 
 class Finished(NamedTuple):
@@ -44,8 +41,31 @@ class Finished(NamedTuple):
     signal: signal.Signals | None
 
 
-def pretrain(config: PretrainConfig, hosts: Hosts = ALONE) -> Finished:
-    """Pretrain, or go on pretraining, in `config.workdir`; on several hosts, each of them calls this.
+class Watch(Protocol):
+    """What looks at a run between its steps."""
+
+    def begin(self, step: int, state: TrainState) -> None:
+        """Before the first step, or where a stopped run goes on."""
+
+    def after(self, step: int, state: TrainState, last: bool) -> None:
+        """After a step and its checkpoint, but not where the run is told to stop: whoever stops it may not wait."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Where a run happens."""
+
+    workdir: Path
+    length: Length
+    engine: Engine
+    log: RunLog | SilentLog
+    hosts: Hosts
+
+
+def run(
+    config: RunConfig, source: Source, hosts: Hosts, describe_data: str, make_watch: Callable[[Room], Watch]
+) -> Finished:
+    """Train, or go on training, in `config.workdir`; on several hosts, each of them calls this.
 
     SIGTERM and Ctrl-C end it after the step under way, with a checkpoint. Run again with the same configuration it
     continues from the newest checkpoint, and computes bit for bit what a run never stopped computes.
@@ -54,8 +74,6 @@ def pretrain(config: PretrainConfig, hosts: Hosts = ALONE) -> Finished:
       StatedError: the run cannot start, a loss or gradient norm is not finite, too many files do not decode, or the
         folder cannot be written to.
     """
-    config = dataclasses.replace(config, data=absolute(config.data))
-    source = open_source(config.data, config.model.in_channels)
     length = run_length(config, len(source))
     check_agreement(hosts, config, len(source))
     engine = build_engine(config, length)
@@ -71,21 +89,22 @@ def pretrain(config: PretrainConfig, hosts: Hosts = ALONE) -> Finished:
         if state is None:
             state = engine.begin(lambda: init_state(config))
             if config.init is not None:
-                state = start_from(config.init, state, config.model, say=print if hosts.first else lambda text: None)
+                state = start_from(config.init, state, config, say=print if hosts.first else lambda text: None)
         start = int(state.step)
         log: RunLog | SilentLog = RunLog(workdir, start, length.steps) if hosts.first else SilentLog(hosts.index)
         stack.enter_context(log)
         if hosts.first:
-            log.say(describe(config, source, engine, state, length))
+            log.say(describe(config, describe_data, engine, state, length))
             if config.optim.warmup_epochs > length.epochs:
                 log.say(
                     f"WARNING: optim.warmup_epochs {config.optim.warmup_epochs} is longer than the run's "
                     f"{length.epochs:.4g} epochs: the learning rate never reaches its peak"
                 )
-        return Run(config, source, length, engine, checkpoints, log, stop, hosts).go(state, start)
+        watch = make_watch(Room(workdir, length, engine, log, hosts))
+        return Run(config, source, length, engine, checkpoints, log, stop, hosts, watch).go(state, start)
 
 
-def how_to_continue(config: PretrainConfig) -> str:
+def how_to_continue(config: RunConfig) -> str:
     """What to do when another host is gone."""
     try:
         start = f"from step {find_checkpoint(config.workdir).name}"
@@ -97,26 +116,18 @@ def how_to_continue(config: PretrainConfig) -> str:
     )
 
 
-def describe(config: PretrainConfig, source: Source, engine: Engine, state: TrainState, length: Length) -> str:
+def describe(config: RunConfig, data: str, engine: Engine, state: TrainState, length: Length) -> str:
     """What is about to run."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    count, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (state.params, select(state.params, make_objective(config).trained))
+    )
     return (
         f"{'continuing at' if state.step else 'starting'} step {int(state.step)} of {length.steps} "
-        f"({length.epochs:.4g} epochs of {len(source):,} images): {count:,} parameters, batch {config.batch_size} "
+        f"({length.epochs:.4g} epochs of {data}): {count:,} parameters, "
+        f"{'' if trained == count else f'{trained:,} of them trained, '}batch {config.batch_size} "
         f"on {len(engine.devices)} x {engine.devices[0].device_kind}, in {config.workdir}"
     )
-
-
-def nearby(params: Params) -> Params:
-    """Parameters on one device of this host where they lie whole on each, else as they are: cut over devices.
-
-    A cut model may be too large for one device; what is computed of it is then computed by all.
-    """
-    return jax.tree.map(lambda x: x.addressable_data(0), params) if _whole(params) else params
-
-
-def _whole(params: Params) -> bool:
-    return all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
 
 
 @dataclasses.dataclass
@@ -143,7 +154,7 @@ def all_finite(tree: Params) -> Bool[Array, ""]:
 class Run:
     """The loop over steps, and what happens between them."""
 
-    config: PretrainConfig
+    config: RunConfig
     source: Source
     length: Length
     engine: Engine
@@ -151,15 +162,13 @@ class Run:
     log: RunLog | SilentLog
     stop: StopRequest
     hosts: Hosts
+    watch: Watch
 
     def __post_init__(self) -> None:
         self.broken = BrokenFiles(self.source, self.log.say)
         self.unread: list[Metrics] = []  # of steps whose numbers were not looked at yet, on the device
         self.latest: Metrics | None = None  # of the last step looked at
         self.window = Window()
-        if self.config.reconstruct_every is not None:
-            image_hw = self.config.model.image_hw
-            self.samples = load_samples(self.source, range(len(self.source)), PICTURED, image_hw)
 
     def go(self, state: TrainState, start: int) -> Finished:
         """Run the steps from `start` to the end, or to a stop."""
@@ -175,11 +184,11 @@ class Run:
                 process_count=self.hosts.count,
             )
         ) as batches:
+            self.watch.begin(start, state)
+            self.window = Window()
             for batch in self._timed(iter(batches)):
                 self.broken.update(batch["broken"])
-                state, metrics = self.engine.step(
-                    state, self.engine.put(Batch(batch["image"], batch["position"], batch.get("crop")))
-                )
+                state, metrics = self.engine.step(state, self.engine.put(self._rows(batch)))
                 step += 1
                 self.unread.append(metrics)
                 self.window.steps += 1
@@ -193,11 +202,24 @@ class Run:
                     self._log(step)
                 if step % config.save_every == 0 or last:
                     self._save(step, state)
-                if self._is_pictured(step, last) and not stopped:  # whoever stops a run may not wait for it
-                    self._picture(step, state)
+                if not stopped:
+                    self.watch.after(step, state, last)
                 if last:
                     break
         return Finished(self.checkpoints.folder.parent, step, self.stop.signal if step < self.length.steps else None)
+
+    def _rows(self, batch: TrainingBatch) -> Batch:
+        """What the step is given of a batch.
+
+        Raises:
+          StatedError: classes are learnt, and an image has none.
+        """
+        labels = None
+        if isinstance(self.config, FinetuneConfig):
+            labels = batch["label"]
+            if labels.min() < 0:
+                raise StatedError(f"data {self.config.data} has images without a class; leave them out")
+        return Batch(batch["image"], batch["position"], batch.get("crop"), labels)
 
     def _timed(self, batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
         while True:
@@ -242,14 +264,3 @@ class Run:
         values = {name: float(value) for name, value in metrics._asdict().items()}
         self.log.row(step, values | self.window.rates(self.config.batch_size) | {"broken_files": self.broken.count})
         self.window = Window()
-
-    def _is_pictured(self, step: int, last: bool) -> bool:
-        every = self.config.reconstruct_every
-        return every is not None and (last or step % every == 0)
-
-    def _picture(self, step: int, state: TrainState) -> None:
-        model = self.config.model
-        noise = sample_noise(self.config.seed, len(self.samples), model)
-        params = nearby(state.params if state.average is None else state.average)
-        views = reconstruct(params, self.samples, noise, model, self.config.augment)
-        self.log.picture("reconstruction", step, np.asarray(draw(views, f"step {step}")))

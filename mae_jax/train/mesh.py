@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mae_jax.errors import StatedError
 from mae_jax.train.engines import check_divides, steps_in_flight
-from mae_jax.train.steps import Batch, Metrics, Step, TrainState
+from mae_jax.train.objective import Batch
+from mae_jax.train.steps import Metrics, Step, TrainState
 
 DATA, SHARD = "data", "shard"
 
@@ -76,8 +77,12 @@ class MeshEngine:
 
     def put(self, batch: Batch) -> Batch:
         """This host's rows of a batch (those of the first host come first) to its devices; starts the transfer."""
+        return self.rows(batch)
+
+    def rows(self, arrays: Tree) -> Tree:
+        """The same of any arrays."""
         rows = NamedSharding(self.mesh, PartitionSpec((DATA, SHARD)))
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), batch)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), arrays)
 
 
 def layout(mesh: Mesh, tree: Any) -> Any:

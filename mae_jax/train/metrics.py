@@ -19,7 +19,15 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
 
 # Of a row's values, those worth a place on the screen, and what they are called there.
-SHOWN = {"loss": "loss", "learning_rate": "lr", "images_per_second": "images/s", "data_wait": "waiting"}
+SHOWN = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "images_per_second": "images/s",
+    "data_wait": "waiting",
+    "top1": "top-1",
+    "top5": "top-5",
+    "best_base_lr": "of base_lr",
+}
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

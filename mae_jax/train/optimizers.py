@@ -1,6 +1,6 @@
-"""AdamW with the authors' parameter groups, and the learning-rate curve (He et al. 2021, Table 8)."""
+"""AdamW and LARS with the authors' parameter groups, and the learning-rate curve (He et al. 2021, Tables 8 to 10)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ from mae_jax.config import OptimConfig
 
 # The batch that base_lr is meant for (Goyal et al. 2017, linear scaling).
 REFERENCE_BATCH = 256
+
+# Trained parameters that are no kernels, though they have more than one dimension.
+_TABLES = ("cls_token", "mask_token", "pos_embed")
 
 
 def peak_learning_rate(optim: OptimConfig, batch_size: int) -> float:
@@ -38,13 +41,82 @@ def decay_mask(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def adamw_direction(optim: OptimConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) before the learning rate: its update is -rate times this.
+def kernel_mask(params: Any) -> Any:
+    """True where it applies in fine-tuning: on kernels alone, as the authors' code has it."""
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and path[-1].key not in _TABLES, params)
 
-    eps stands outside the root; the decoupled decay is multiplied by the rate, as everything here.
-    """
+
+def direction(optim: OptimConfig, mask: Any = decay_mask) -> optax.GradientTransformation:
+    """The configured optimizer before the learning rate: its update is -rate times this."""
+    return adamw_direction(optim, mask) if optim.optimizer == "adamw" else lars_direction(optim)
+
+
+def _clip(optim: OptimConfig) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm is not None else optax.identity()
+
+
+def adamw_direction(optim: OptimConfig, mask: Any = decay_mask) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019); eps stands outside the root, the decay is multiplied by the rate."""
     return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm is not None else optax.identity(),
+        _clip(optim),
         optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps),
-        optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(optim.weight_decay, mask=mask),
     )
+
+
+class LarsState(NamedTuple):
+    """The running sum of scaled gradients."""
+
+    velocity: optax.Updates
+
+
+def lars_direction(optim: OptimConfig) -> optax.GradientTransformation:
+    """LARS (You et al. 2017), as the authors probe with (appendix A.1; MoCo v3).
+
+    A kernel's gradient, its decay added, is made `trust` times as long as the kernel; then momentum. Biases and
+    LayerNorms are neither scaled nor decayed.
+    """
+
+    def init(params: optax.Params) -> LarsState:
+        return LarsState(jax.tree.map(jnp.zeros_like, params))
+
+    def scaled(gradient: Array, p: Array) -> Array:
+        if p.ndim < 2:
+            return gradient
+        gradient = gradient + optim.weight_decay * p
+        weight, length = jnp.linalg.norm(p), jnp.linalg.norm(gradient)
+        usable = (weight > 0) & (length > 0)
+        return gradient * jnp.where(usable, optim.trust * weight / jnp.where(usable, length, 1), 1)
+
+    def update(
+        gradients: optax.Updates, state: LarsState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, LarsState]:
+        velocity = jax.tree.map(lambda v, g, p: optim.momentum * v + scaled(g, p), state.velocity, gradients, params)
+        return velocity, LarsState(velocity)
+
+    return optax.chain(_clip(optim), optax.GradientTransformation(init, update))
+
+
+def of_each_head(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same for several models at once, stacked along every parameter's first axis."""
+
+    def update(gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> Any:
+        return jax.vmap(transformation.update)(gradients, state, params)
+
+    return optax.GradientTransformation(jax.vmap(transformation.init), update)
+
+
+def layer_rates(params: Any, depth: int, decay: float) -> Any:
+    """What each parameter's rate is multiplied by in fine-tuning (Clark et al. 2020, section 3.3; Bao et al. 2021).
+
+    1 behind the blocks; `decay` for the last block, decay^2 for the one before ...; decay^(depth + 1) in front.
+    """
+
+    def power(path: tuple[Any, ...]) -> int:
+        names = [key.key for key in path]
+        if names[0] != "encoder" or names[1] == "norm":
+            return 0
+        number = int(names[1].removeprefix("block_")) if names[1].startswith("block_") else -1
+        return depth - number
+
+    return jax.tree_util.tree_map_with_path(lambda path, p: decay ** power(path), params)

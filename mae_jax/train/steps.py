@@ -1,33 +1,24 @@
-"""The pretraining step: (state, batch) to (state, metrics), pure.
+"""The training step: (state, batch) to (state, metrics), pure, whatever the objective.
 
 It knows nothing of devices but the name of the axis to average over, if there is one.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, UInt, UInt8
+from jaxtyping import Array, Float, Int
 
-from mae_jax import rng
-from mae_jax.config import AugmentConfig, PretrainConfig, wide
-from mae_jax.models.mae import MaskedAutoencoder, Output
+from mae_jax.config import FinetuneConfig, PretrainConfig, RunConfig, wide
+from mae_jax.train.accumulation import mean_of_parts
+from mae_jax.train.classification import Classification
 from mae_jax.train.crops import crop_images
-from mae_jax.train.optimizers import adamw_direction, learning_rate
-
-Params = Any
-Images = Float[Array, "batch height width channels"]
-
-
-class Batch(NamedTuple):
-    """Images as they come, and the position of each in the stream of all examples."""
-
-    images: UInt8[Array | np.ndarray, "batch height width channels"]
-    positions: UInt[Array | np.ndarray, " batch"]
-    crops: Float[Array | np.ndarray, "batch 5"] | None = None  # to be cut from the images here: see train/crops.py
+from mae_jax.train.objective import Batch, Objective, Params
+from mae_jax.train.optimizers import learning_rate
+from mae_jax.train.pretraining import Pretraining
+from mae_jax.train.selection import merge, select
 
 
 class TrainState(NamedTuple):
@@ -35,7 +26,7 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]  # updates done
     params: Params
-    optimizer: optax.OptState
+    optimizer: optax.OptState  # of the trained parameters
     average: Params | None  # exponential moving average of params, where ema_decay is set
 
 
@@ -50,74 +41,54 @@ class Metrics(NamedTuple):
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def normalise_images(
-    images: UInt8[Array | np.ndarray, "batch height width channels"], augment: AugmentConfig, dtype: str
-) -> Images:
-    """Bytes to 0 .. 1, then by channel: (x - mean) / std."""
-    mean, std = (jnp.asarray(values, dtype) for values in (augment.mean, augment.std))
-    return (jnp.asarray(images, dtype) / 255 - mean) / std
+def make_objective(config: RunConfig, axis_name: str | None = None) -> Objective:
+    """What a run of this configuration minimises."""
+    if isinstance(config, FinetuneConfig):
+        return Classification(config, axis_name)
+    assert isinstance(config, PretrainConfig)
+    return Pretraining(config)
 
 
-def loss_and_gradients(
-    model: MaskedAutoencoder, params: Params, images: Images, noise: Float[Array, "batch patches"], accumulate: int = 1
-) -> tuple[Float[Array, ""], Params]:
-    """The loss and its gradient, averaged over `accumulate` equal parts of the batch that run one after another.
-
-    Every example hides as many patches as any other, so the mean of the parts' means is the mean of the batch. A part
-    takes every `accumulate`-th row: where the rows are cut over devices, it has as many of each device.
-    """
-
-    def loss_of(params: Params, images: Images, noise: Float[Array, "batch patches"]) -> Float[Array, ""]:
-        return cast(Output, model.apply({"params": params}, images, noise)).loss
-
-    value_and_grad = jax.value_and_grad(loss_of)
-    if accumulate == 1:
-        return value_and_grad(params, images, noise)
-    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), (images, noise))
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], parts)))
-
-    def add(total: Params, part: tuple[Images, Float[Array, "batch patches"]]) -> tuple[Params, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
-
-    total, _ = jax.lax.scan(add, zeros, parts)
-    return jax.tree.map(lambda x: x / accumulate, total)
-
-
-def init_state(config: PretrainConfig) -> TrainState:
+def init_state(config: RunConfig) -> TrainState:
     """The state before the first step; depends on the configuration and its seed alone."""
-    model = config.model
-    images = jnp.zeros((1, *model.image_hw, model.in_channels), wide(model.dtype))
-    noise = jnp.zeros((1, model.num_patches), jnp.float32)
-    # Compiled, since operation by operation every one of the forward pass would be compiled by itself.
-    init = jax.jit(lambda key: MaskedAutoencoder(model).init(key, images, noise)["params"])
-    params = init(rng.device_key(config.seed, "init"))
+    objective = make_objective(config)
+    params = objective.init()
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        optimizer=adamw_direction(config.optim).init(params),
+        optimizer=objective.direction(config.optim).init(select(params, objective.trained)),
         average=jax.tree.map(jnp.copy, params) if config.optim.ema_decay is not None else None,
     )
 
 
-def make_step(config: PretrainConfig, *, steps_per_epoch: float, epochs: float, axis_name: str | None = None) -> Step:
+def make_step(config: RunConfig, *, steps_per_epoch: float, epochs: float, axis_name: str | None = None) -> Step:
     """The step of a run; `steps_per_epoch` may be fractional, `epochs` is how long the learning rate's curve is."""
-    model = MaskedAutoencoder(config.model)
-    direction = adamw_direction(config.optim)
+    objective = make_objective(config, axis_name)
+    direction = objective.direction(config.optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        pixels = batch.images
+        pixels = jnp.asarray(batch.images)
         if batch.crops is not None:
             pixels = crop_images(pixels, batch.crops, config.model.image_hw)
-        images = normalise_images(pixels, config.augment, wide(config.model.dtype))
-        noise = rng.example_uniforms(rng.device_key(config.seed, "mask"), batch.positions, config.model.num_patches)
-        loss, grads = loss_and_gradients(model, state.params, images, noise, config.accumulate)
+        trained = select(state.params, objective.trained)
+
+        def loss_of(trained: Params, inputs: Any) -> tuple[Float[Array, ""], Params]:
+            return objective.loss(merge(state.params, trained), inputs)
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, replaced), grads = mean_of_parts(
+            lambda part: gradient(trained, part), objective.inputs(batch, pixels, state.step), config.accumulate
+        )
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
 
         epoch = state.step.astype(wide(config.model.dtype)) / steps_per_epoch
         rate = learning_rate(epoch, config.optim, batch_size=config.batch_size, epochs=epochs)
-        updates, optimizer = direction.update(grads, state.optimizer, state.params)
-        params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, state.params, updates)
+        updates, optimizer = direction.update(grads, state.optimizer, trained)
+        if (rates := objective.rates(trained)) is not None:
+            updates = jax.tree.map(jnp.multiply, updates, rates)
+        trained = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, trained, updates)
+        params = merge(state.params, trained) | replaced
         average = state.average
         if config.optim.ema_decay is not None:
             average = optax.incremental_update(params, average, step_size=1 - config.optim.ema_decay)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import dacite
 
-from mae_jax.config import OPERATIONAL, PretrainConfig
+from mae_jax.config import OPERATIONAL, FinetuneConfig, PretrainConfig, RunConfig
 from mae_jax.errors import StatedError
 
 CONFIG_FILE = "config.json"
@@ -17,10 +17,13 @@ CHECKPOINTS = "checkpoints"
 RECORD = "record"  # what a checkpoint says of itself: {"config": ..., "fingerprint": ..., "examples": ...}
 
 
+_KINDS = {PretrainConfig: "pretraining", FinetuneConfig: "fine-tuning or probing"}
+
+
 class Record(NamedTuple):
     """What a checkpoint says of itself."""
 
-    config: PretrainConfig
+    config: RunConfig
     fingerprint: dict[str, int]  # of each array
     examples: int | None  # how many the run's data had; None where there was no run
 
@@ -32,12 +35,12 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def config_to_dict(config: PretrainConfig) -> dict[str, Any]:
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """A configuration as what JSON can hold, the way it comes back: tuples as lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def config_from_dict(values: dict[str, Any], origin: object) -> PretrainConfig:
+def config_from_dict(values: dict[str, Any], origin: object) -> RunConfig:
     """The configuration that `config_to_dict` took apart; unknown fields and other types are refused.
 
     Raises:
@@ -49,13 +52,14 @@ def config_from_dict(values: dict[str, Any], origin: object) -> PretrainConfig:
             return {key: tuples(inner) for key, inner in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
+    kind = FinetuneConfig if "last_blocks" in values else PretrainConfig
     try:
-        return dacite.from_dict(PretrainConfig, tuples(values), dacite.Config(strict=True))
+        return dacite.from_dict(kind, tuples(values), dacite.Config(strict=True))
     except (dacite.DaciteError, ValueError, TypeError) as error:
         raise StatedError(f"{origin} is not a configuration of this version: {error}") from error
 
 
-def read_config(path: Path) -> PretrainConfig:
+def read_config(path: Path) -> RunConfig:
     """The configuration in a file.
 
     Raises:
@@ -115,13 +119,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return rows
 
 
-def differences(old: PretrainConfig, new: PretrainConfig) -> list[tuple[str, Any, Any]]:
+def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """Fields that change what is computed and differ: (name, old value, new value)."""
     olds, news = flatten(config_to_dict(old)), flatten(config_to_dict(new))
     return [(key, olds[key], news[key]) for key in olds if key not in OPERATIONAL and olds[key] != news[key]]
 
 
-def _started(workdir: Path) -> tuple[PretrainConfig | None, int | None]:
+def _started(workdir: Path) -> tuple[RunConfig | None, int | None]:
     """What the run in a folder was started with, and on how many examples, as far as the folder tells."""
     records = []
     for folder in reversed(checkpoint_folders(workdir)):
@@ -134,7 +138,7 @@ def _started(workdir: Path) -> tuple[PretrainConfig | None, int | None]:
     return records[0].config if records else None, examples
 
 
-def claim(config: PretrainConfig, examples: int | None = None) -> Path:
+def claim(config: RunConfig, examples: int | None = None) -> Path:
     """Make the run's folder, or go on in it if it was started with the same configuration on as many examples
     (where their number is given).
 
@@ -150,6 +154,11 @@ def claim(config: PretrainConfig, examples: int | None = None) -> Path:
             "Bring the data back as it was, or choose another --workdir."
         )
     if started is not None:
+        if type(started) is not type(config):
+            raise StatedError(
+                f"{config.workdir} holds a run of {_KINDS[type(started)]}, and this is {_KINDS[type(config)]}: "
+                "choose another --workdir."
+            )
         differing = differences(started, config)
         if differing:
             rows = ", ".join(f"{name} {old}" for name, old, _ in differing)

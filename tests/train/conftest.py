@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig, TransformerConfig
-from mae_jax.train.steps import Batch, init_state
+from mae_jax.train.objective import Batch
+from mae_jax.train.steps import init_state
 
 TINY = PretrainConfig(
     model=ModelConfig(

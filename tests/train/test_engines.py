@@ -10,7 +10,9 @@ from mae_jax import rng
 from mae_jax.errors import StatedError
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.train.engines import AXIS, choose_devices, pmap_engine
-from mae_jax.train.steps import loss_and_gradients, make_step, normalise_images
+from mae_jax.train.objective import normalise_images
+from mae_jax.train.pretraining import loss_and_gradients
+from mae_jax.train.steps import make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

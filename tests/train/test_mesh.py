@@ -12,7 +12,8 @@ from mae_jax.errors import StatedError
 from mae_jax.train.build import Length, build_engine, state_shapes
 from mae_jax.train.checkpoint import Checkpoints, load_params
 from mae_jax.train.mesh import SHARD, cut, make_mesh
-from mae_jax.train.steps import Batch, init_state
+from mae_jax.train.objective import Batch
+from mae_jax.train.steps import init_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -53,7 +53,8 @@ MEASURE = """
 import dataclasses, sys, jax, numpy as np
 from mae_jax.config import ModelConfig, PretrainConfig, TransformerConfig
 from mae_jax.train.plan import measure
-from mae_jax.train.steps import Batch, init_state
+from mae_jax.train.objective import Batch
+from mae_jax.train.steps import init_state
 
 def status(name):
     lines = open("/proc/self/status").read().splitlines()

@@ -9,8 +9,10 @@ import pytest
 
 from mae_jax import rng
 from mae_jax.models.mae import MaskedAutoencoder
+from mae_jax.train.objective import Batch, normalise_images
 from mae_jax.train.optimizers import adamw_direction
-from mae_jax.train.steps import Batch, init_state, loss_and_gradients, make_step, normalise_images
+from mae_jax.train.pretraining import loss_and_gradients
+from mae_jax.train.steps import init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

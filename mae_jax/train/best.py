@@ -1,0 +1,37 @@
+"""The best of a run's evaluations, kept as a checkpoint of its own."""
+
+import shutil
+from pathlib import Path
+
+from mae_jax.config import RunConfig
+from mae_jax.errors import StatedError
+from mae_jax.train.checkpoint import save_params
+from mae_jax.train.hosts import Hosts
+from mae_jax.train.objective import Params
+from mae_jax.train.workdir import CHECKPOINTS, checkpoint_folders
+
+BEST = "best"
+
+
+def save_best(workdir: Path, step: int, config: RunConfig, params: Params, hosts: Hosts) -> None:
+    """Write parameters to WORKDIR/best, which commands take as they take a run; the one before goes then.
+
+    On several hosts all of them call this.
+
+    Raises:
+      StatedError: it cannot be written.
+    """
+    folder = workdir / BEST
+    if any(int(saved.name) == step for saved in checkpoint_folders(folder)):
+        return  # by the same run, which was stopped after it
+    try:
+        save_params(folder / CHECKPOINTS / str(step), config, params)
+        hosts.gather(f"best {step}", "")
+        if hosts.first:
+            for older in checkpoint_folders(folder)[:-1]:
+                shutil.rmtree(older)
+    except (OSError, ValueError) as error:
+        raise StatedError(
+            f"the best checkpoint cannot be written into {folder}: {str(error).splitlines()[0][:300]}. "
+            "Make room there, and run the same command again."
+        ) from error

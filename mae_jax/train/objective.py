@@ -1,0 +1,55 @@
+"""What a run minimises, as the step sees it."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, UInt, UInt8
+
+from mae_jax.config import AugmentConfig, OptimConfig
+
+Params = Any
+Images = Float[Array, "batch height width channels"]
+
+
+class Batch(NamedTuple):
+    """Images as they come, and the position of each in the stream of all examples."""
+
+    images: UInt8[Array | np.ndarray, "batch height width channels"]
+    positions: UInt[Array | np.ndarray, " batch"]
+    crops: Float[Array | np.ndarray, "batch 5"] | None = None  # to be cut from the images here: see train/crops.py
+    labels: Int[Array | np.ndarray, " batch"] | None = None  # where classes are learnt
+
+
+class Objective(Protocol):
+    """A loss over parameters.
+
+    Parameters are a nested dictionary; some are trained, the others stay as they are or are replaced by the loss.
+    """
+
+    def init(self) -> Params:
+        """The parameters before the first step; depend on the configuration and its seed alone."""
+
+    def trained(self, path: tuple[str, ...]) -> bool:
+        """Whether the parameter of this path is trained."""
+
+    def direction(self, optim: OptimConfig) -> optax.GradientTransformation:
+        """The optimizer of the trained parameters, before the learning rate."""
+
+    def rates(self, params: Params) -> Params | None:
+        """What the learning rate of each trained parameter is multiplied by; None: nothing."""
+
+    def inputs(self, batch: Batch, pixels: UInt8[Array, "batch height width channels"], step: Int[Array, ""]) -> Any:
+        """A tree of arrays, each with a row an example, that the loss is computed of, all randomness drawn."""
+
+    def loss(self, params: Params, inputs: Any) -> tuple[Float[Array, ""], Params]:
+        """The mean loss of the examples, and the untrained parameters that it replaces ({}: none)."""
+
+
+def normalise_images(
+    images: UInt8[Array | np.ndarray, "batch height width channels"], augment: AugmentConfig, dtype: str
+) -> Images:
+    """Bytes to 0 .. 1, then by channel: (x - mean) / std."""
+    mean, std = (jnp.asarray(values, dtype) for values in (augment.mean, augment.std))
+    return (jnp.asarray(images, dtype) / 255 - mean) / std

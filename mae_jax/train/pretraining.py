@@ -1,0 +1,67 @@
+"""The objective of pretraining: pixels of hidden patches (He et al. 2021, section 3)."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from mae_jax import rng
+from mae_jax.config import OptimConfig, PretrainConfig, wide
+from mae_jax.models.mae import MaskedAutoencoder, Output
+from mae_jax.models.masking import Noise
+from mae_jax.train.accumulation import mean_of_parts
+from mae_jax.train.objective import Batch, Images, Params, normalise_images
+from mae_jax.train.optimizers import direction
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """The masked autoencoder's own loss; every parameter is trained."""
+
+    config: PretrainConfig
+
+    def init(self) -> Params:
+        """Compiled, since operation by operation every one of the forward pass would be compiled by itself."""
+        model = self.config.model
+        images = jnp.zeros((1, *model.image_hw, model.in_channels), wide(model.dtype))
+        noise = jnp.zeros((1, model.num_patches), jnp.float32)
+        init = jax.jit(lambda key: MaskedAutoencoder(model).init(key, images, noise)["params"])
+        return init(rng.device_key(self.config.seed, "init"))
+
+    def trained(self, path: tuple[str, ...]) -> bool:
+        return True
+
+    def direction(self, optim: OptimConfig) -> optax.GradientTransformation:
+        return direction(optim)
+
+    def rates(self, params: Params) -> None:
+        return None
+
+    def inputs(self, batch: Batch, pixels: Array, step: Int[Array, ""]) -> tuple[Images, Noise]:
+        """Images, and the noise that their masks are made of."""
+        config = self.config
+        images = normalise_images(pixels, config.augment, wide(config.model.dtype))
+        key = rng.device_key(config.seed, "mask")
+        return images, rng.example_uniforms(key, batch.positions, config.model.num_patches)
+
+    def loss(self, params: Params, inputs: tuple[Images, Noise]) -> tuple[Float[Array, ""], Params]:
+        return reconstruction_loss(MaskedAutoencoder(self.config.model), params, *inputs), {}
+
+
+def reconstruction_loss(model: MaskedAutoencoder, params: Params, images: Images, noise: Noise) -> Float[Array, ""]:
+    """The loss of one batch."""
+    return cast(Output, model.apply({"params": params}, images, noise)).loss
+
+
+def loss_and_gradients(
+    model: MaskedAutoencoder, params: Params, images: Images, noise: Noise, accumulate: int = 1
+) -> tuple[Float[Array, ""], Params]:
+    """A masked autoencoder's loss and its gradient, averaged over `accumulate` equal parts of the batch.
+
+    Every example hides as many patches as any other, so the mean of the parts' means is the mean of the batch.
+    """
+    gradient = jax.value_and_grad(reconstruction_loss, argnums=1)
+    return mean_of_parts(lambda part: gradient(model, params, *part), (images, noise), accumulate)
