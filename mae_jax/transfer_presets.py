@@ -24,11 +24,12 @@ def _imagenet_finetune(
 ) -> FinetuneConfig:
     """The paper's end-to-end setting (He et al. 2021, Table 9) with the values that the authors publish for each size.
 
-    Source: https://github.com/facebookresearch/mae/blob/main/FINETUNE.md.
+    Source: https://github.com/facebookresearch/mae/blob/main/FINETUNE.md. Positions are learnt from the frozen table
+    on, as in the authors' code.
     """
     model, _, data = _pretrained(f"imagenet_{name}")
     return FinetuneConfig(
-        model=model,
+        model=replace(model, positions="learned"),
         augment=AugmentConfig(scale=(0.08, 1.0), rand_augment=9.0, evaluation_crop=0.875),
         optim=OptimConfig(base_lr=base_lr, min_lr=1e-6, warmup_epochs=5, beta2=0.999),
         data=data,
@@ -197,7 +198,7 @@ def probe_digits() -> FinetuneConfig:
     return _probe(
         "digits",
         "runs/probe_digits",
-        optim=OptimConfig(optimizer="lars", base_lr=4.0, warmup_epochs=2, weight_decay=0.0),
+        optim=OptimConfig(optimizer="lars", base_lr=32.0, warmup_epochs=2, weight_decay=0.0),
         batch_size=256,
         epochs=30,
         pooling="mean",

@@ -190,9 +190,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=EPS)
         self.mlp = Mlp(config.width, config.mlp_width)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self, x: Float[Tensor, "B T D"], survival: Float[Tensor, "B 2"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """`survival` multiplies each branch, example by example (drop path)."""
+        first, second = (1.0, 1.0) if survival is None else (survival[:, 0, None, None], survival[:, 1, None, None])
+        x = x + first * self.attn(self.norm1(x))
+        return x + second * self.mlp(self.norm2(x))
 
 
 class PatchEmbed(nn.Module):
@@ -328,7 +332,7 @@ class Classifier(nn.Module):
         self.patch_embed = PatchEmbed(model.in_channels, D, model.patch_hw)
         if model.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.pos_embed = nn.Parameter(positions(model, D))
+        self.pos_embed = nn.Parameter(positions(model, D), requires_grad=model.positions == "learned")
         self.blocks = nn.ModuleList([Block(model.encoder) for _ in range(model.encoder.depth)])
         if config.pooling == "mean":
             self.fc_norm = nn.LayerNorm(D, eps=EPS)
@@ -336,16 +340,24 @@ class Classifier(nn.Module):
             self.norm = nn.LayerNorm(D, eps=EPS)
         self.head = nn.Linear(D, config.classes)
 
-    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+    def forward(
+        self, images: Float[Tensor, "B C H W"], survival: Float[Tensor, "B depth 2"] | None = None
+    ) -> Float[Tensor, "B classes"]:
+        return self.head(self.pool(images, survival))
+
+    def pool(
+        self, images: Float[Tensor, "B C H W"], survival: Float[Tensor, "B depth 2"] | None = None
+    ) -> Float[Tensor, "B D"]:
+        """What the head sees."""
         x = self.patch_embed(images)
         if self.config.model.class_token:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if survival is None else survival[:, i])
         if self.config.pooling == "mean":
-            return self.head(self.fc_norm(x[:, int(self.config.model.class_token) :].mean(dim=1)))
-        return self.head(self.norm(x)[:, 0])
+            return self.fc_norm(x[:, int(self.config.model.class_token) :].mean(dim=1))
+        return self.norm(x)[:, 0]
 
 
 def take(x: Float[Tensor, "B T D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:

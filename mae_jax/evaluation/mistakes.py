@@ -50,7 +50,10 @@ def draw_confusion(matrix: Int[np.ndarray, "classes classes"], names: tuple[str,
 def draw_worst(
     outcomes: Outcomes, head: int, source: Source, names: tuple[str, ...], image_hw: tuple[int, int], count: int = 32
 ) -> Image.Image:
-    """The images with the largest losses, the largest first: what each is, and what it was taken for."""
+    """The images with the largest losses, the largest first.
+
+    Below each: what it is and how probable that was thought, and what it was named, in red where that is wrong.
+    """
     order = np.argsort(-outcomes.loss[head], kind="stable")[:count]
     scale = max(1, 96 // max(image_hw))
     height, width = image_hw[0] * scale, max(image_hw[1] * scale, 120)
@@ -63,8 +66,11 @@ def draw_worst(
         pixels = load_samples(source, [int(outcomes.place[row])], 1, image_hw)[0]
         shown = Image.fromarray(pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0])
         sheet.paste(shown.resize((image_hw[1] * scale, height), Image.Resampling.NEAREST), (left, top))
-        pen.text((left, top + height + 2), f"is {names[outcomes.label[row]]}"[:20], fill="black", font=font)
-        pen.text((left, top + height + 17), f"not {names[outcomes.named[head][row]]}"[:20], fill="firebrick", font=font)
+        right, named = outcomes.label[row], outcomes.named[head][row]
+        about = f"is {names[right]}, {np.exp(-outcomes.loss[head][row]):.0%}"
+        pen.text((left, top + height + 2), about[:20], fill="black", font=font)
+        colour = "grey" if right == named else "firebrick"
+        pen.text((left, top + height + 17), f"named {names[named]}"[:20], fill=colour, font=font)
     return sheet
 
 

@@ -8,7 +8,7 @@ from mae_jax.config import ClassifierConfig, wide
 from mae_jax.models.layers import Dense, LayerNorm, drop_path
 from mae_jax.models.mae import Encoder, everything_visible
 
-Pooled = Float[Array, "batch width"]
+Pooled = Float[Array, "batch encoder_width"]
 
 
 class Classifier(nn.Module):

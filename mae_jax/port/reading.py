@@ -166,7 +166,9 @@ def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weig
         raise StatedError(f"{path}: {error}") from error
     except ValueError as error:
         raise StatedError(f"{path} ({layout.name}{f', under {prefix}' if prefix else ''}): {error}") from error
-    mean, std = _normalisation(beside, encoder_config(config).in_channels)
+    channels = encoder_config(config).in_channels
+    normalisation = _normalisation(contents.arguments, beside, channels)
+    mean, std = normalisation or default_normalisation(channels)
     parameter_dtype = np.dtype(wide(dtype))
     return Weights(
         config,
@@ -177,6 +179,7 @@ def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weig
         layout.name if part == "all" else f"{layout.name}, encoder alone",
         fair,
         tuple(notes),
+        normalisation_told=normalisation is not None,
     )
 
 
@@ -305,12 +308,14 @@ def _check_settings(said: Mapping[str, Any], path: Path, notes: list[str]) -> No
         notes.append(f"config.json says layer_norm_eps {eps}; here LayerNorms have the authors' 1e-6")
 
 
-def _normalisation(said: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation from a preprocessor_config.json, or from timm's config.json."""
+def _normalisation(
+    arguments: Mapping[str, Any], said: Mapping[str, Any], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation from the file itself, a preprocessor_config.json, or timm's config.json, if one has them."""
     values: Mapping[str, Any]
-    for values in (said.get("preprocessor") or {}, said.get("pretrained_cfg") or {}):
+    for values in (arguments, said.get("preprocessor") or {}, said.get("pretrained_cfg") or {}):
         for names in (("image_mean", "image_std"), ("mean", "std")):
             found: list[Any] = [values.get(name) for name in names]
             if all(isinstance(one, list) and len(one) == channels for one in found):
                 return tuple(found[0]), tuple(found[1])
-    return default_normalisation(channels)
+    return None

@@ -25,6 +25,7 @@ class Weights:
     origin: str
     tensors: Tensors | None = None
     notes: tuple[str, ...] = ()
+    normalisation_told: bool = True  # mean and std are the source's own, not what is usual
     resized: bool = False  # for images of another size than the tensors were made for
 
 

@@ -57,7 +57,13 @@ def save_torch(
     """
     defaults = default_normalisation(encoder_config(config).in_channels)
     weights = Weights(
-        config, jax.tree.map(np.asarray, params), part, mean or defaults[0], std or defaults[1], "parameters"
+        config,
+        jax.tree.map(np.asarray, params),
+        part,
+        mean or defaults[0],
+        std or defaults[1],
+        "parameters",
+        normalisation_told=mean is not None and std is not None,
     )
     destination = Path(destination)
     require_expressible(config, layout, part)
@@ -85,7 +91,7 @@ def write(weights: Weights, path: Path, *, to: Format, part: Part, dtype: FileDt
         if folder:
             path.mkdir()
         file = file_in(path, to) if folder else path
-        arguments = _arguments(weights.config, part)
+        arguments = _arguments(weights, part)
         if file.suffix == SAFETENSORS:
             write_safetensors(file, tensors, arguments)
         else:
@@ -120,9 +126,9 @@ def _tensors(weights: Weights, to: Format, part: Part) -> Tensors:
     return renamed
 
 
-def _arguments(config: Config, part: Part) -> dict[str, Any]:
+def _arguments(weights: Weights, part: Part) -> dict[str, Any]:
     """What no tensor tells, for whoever reads the file here again."""
-    model = encoder_config(config)
+    config, model = weights.config, encoder_config(weights.config)
     said: dict[str, Any] = {
         "encoder_heads": model.encoder.heads,
         "image_size": model.image_size if isinstance(model.image_size, int) else list(model.image_size),
@@ -133,6 +139,8 @@ def _arguments(config: Config, part: Part) -> dict[str, Any]:
             "mask_ratio": model.mask_ratio,
             "norm_pix_loss": model.norm_pix_loss,
         }
+    if weights.normalisation_told:
+        said |= {"image_mean": list(weights.mean), "image_std": list(weights.std)}
     return said
 
 

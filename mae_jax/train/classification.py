@@ -32,7 +32,7 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross entropy of a classifier; of several at once, each with its own head and rate, the sum.
+    """Cross entropy of a classifier, or of several at once, each with its own head and rate.
 
     axis_name: of the devices that the statistics of the BatchNorm are taken over, if they are not one program's.
     """
@@ -115,8 +115,10 @@ class Classification:
             features = (features - mean) * jax.lax.rsqrt(variance + BATCH_NORM_EPS)
             replaced = {"statistics": _running(params["statistics"], mean, variance, config.batch_size)}
         logits = head_logits(params["head"], features)
-        errors = optax.softmax_cross_entropy(logits, inputs.targets)
-        return errors.mean(axis=-1).sum(), replaced
+        errors = optax.softmax_cross_entropy(logits, inputs.targets).mean(axis=-1)
+        # The heads are minimised side by side; what is told is the loss of the best.
+        total = errors.sum()
+        return jax.lax.stop_gradient(errors.min() - total) + total, replaced
 
     def _moments(self, features: Pooled) -> tuple[Float[Array, " width"], Float[Array, " width"]]:
         """Mean and (biased) variance of the whole batch, on however many devices."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from mae_jax.config import ClassifierConfig, FinetuneConfig, ModelConfig, RunConfig
 from mae_jax.errors import StatedError
+from mae_jax.models.positions import fixed_positions
 from mae_jax.port.inference import Hints
 from mae_jax.port.keys import encoder_config
 from mae_jax.port.reading import is_run, read_weights
@@ -38,17 +39,25 @@ def start_from(source: str, state: TrainState, config: RunConfig, say: Say, whol
         say(f"{source}: {note}")
     if found.encoder.heads != model.encoder.heads:
         raise StatedError(f"init {source} has {found.encoder.heads} encoder heads, this run {model.encoder.heads}")
-    if found.positions != model.positions:
+    if found.positions != model.positions != "learned":
         raise StatedError(
             f"init {source} has positions {found.positions}, this run {model.positions}: "
             f"continue with --model.positions {found.positions}"
         )
-    if (weights.mean, weights.std) != (config.augment.mean, config.augment.std):
+    here = config.augment.mean, config.augment.std
+    if not weights.normalisation_told:
+        say(f"{source} does not say how its images were normalised; taken as this run's, mean {here[0]}, std {here[1]}")
+    elif (weights.mean, weights.std) != here:
         say(
             f"WARNING: images of {source} were normalised with mean {weights.mean} and std {weights.std}, "
-            f"this run's with {config.augment.mean} and {config.augment.std}"
+            f"this run's with {here[0]} and {here[1]}"
         )
     given = _encoder(weights.params["encoder"], state.params["encoder"], source, say)
+    if model.positions == "learned" and "pos_embed" not in given:
+        say(f"the {found.positions} positions of {source} are learnt from here on")
+        given |= {
+            "pos_embed": fixed_positions(found.positions, found.encoder.width, model.grid, model.class_token)[None]
+        }
     wrong = _differing(given, state.params["encoder"])
     if wrong:
         raise StatedError(f"init {source} has another encoder than this run: {wrong[0]} ({len(wrong)} differ)")
@@ -63,19 +72,27 @@ def start_from(source: str, state: TrainState, config: RunConfig, say: Say, whol
 def adopted(config: FinetuneConfig, source: str) -> FinetuneConfig:
     """The configuration with the encoder that `source` has, and images of its size and normalised as its were.
 
+    A recipe that learns positions goes on to: it begins with those of the source.
+
     Raises:
       StatedError: it cannot be read, or does not go with the rest.
     """
     if is_run(Path(source)):
         run = read_record(find_checkpoint(source)).config
-        found, mean, std = run.model, run.augment.mean, run.augment.std
+        found, normalisation = run.model, (run.augment.mean, run.augment.std)
     else:
         known = Hints(config.model.encoder.heads, config.model.decoder.heads)
         weights = read_weights(source, fallback=known)
-        found, mean, std = encoder_config(weights.config), weights.mean, weights.std
-    model = replace(found, dtype=config.model.dtype, remat=config.model.remat, encoder_mask_tokens=False)
+        found, normalisation = encoder_config(weights.config), (config.augment.mean, config.augment.std)
+        if weights.normalisation_told:
+            normalisation = weights.mean, weights.std
+    positions = "learned" if config.model.positions == "learned" else found.positions
+    model = replace(
+        found, positions=positions, dtype=config.model.dtype, remat=config.model.remat, encoder_mask_tokens=False
+    )
     try:
-        return replace(config, model=model, augment=replace(config.augment, mean=mean, std=std))
+        augment = replace(config.augment, mean=normalisation[0], std=normalisation[1])
+        return replace(config, model=model, augment=augment)
     except ValueError as error:
         raise StatedError(f"the encoder of {source} does not go with this recipe: {error}") from error
 

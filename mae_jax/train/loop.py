@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Finished(NamedTuple):
     signal: signal.Signals | None
 
 
+@runtime_checkable
 class Watch(Protocol):
     """What looks at a run between its steps."""
 

@@ -1,6 +1,6 @@
 """What a run minimises, as the step sees it."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ class Batch(NamedTuple):
     labels: Int[Array | np.ndarray, " batch"] | None = None  # where classes are learnt
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss over parameters.
 

@@ -5,6 +5,7 @@ import json
 import signal
 
 from mae_jax.train import loop
+from mae_jax.train.pretrain import Pictures, pretrain
 
 
 def test_a_row_counts_all_of_its_steps(tiny, tmp_path, monkeypatch):
@@ -14,7 +15,7 @@ def test_a_row_counts_all_of_its_steps(tiny, tmp_path, monkeypatch):
         tiny(), steps=6, log_every=3, save_every=2, reconstruct_every=None, devices=1, workers=0,
         workdir=str(tmp_path / "run"),
     )  # fmt: skip
-    loop.pretrain(config)
+    pretrain(config)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["counted"]) for row in rows] == [(3, 48), (6, 48)]
 
@@ -22,7 +23,7 @@ def test_a_row_counts_all_of_its_steps(tiny, tmp_path, monkeypatch):
 def test_a_stopped_run_draws_no_picture(tiny, tmp_path, monkeypatch):
     """Whoever stops it waits for the checkpoint alone."""
     drawn = []
-    monkeypatch.setattr(loop.Run, "_picture", lambda run, step, state: drawn.append(step))
+    monkeypatch.setattr(Pictures, "after", lambda watch, step, state, last: drawn.append(step))
 
     class AtOnce(loop.StopRequest):
         def after(self, step):
@@ -33,6 +34,6 @@ def test_a_stopped_run_draws_no_picture(tiny, tmp_path, monkeypatch):
     config = dataclasses.replace(
         tiny(), steps=6, reconstruct_every=1, devices=1, workers=0, workdir=str(tmp_path / "run")
     )
-    assert loop.pretrain(config).step == 1
+    assert pretrain(config).step == 1
     assert drawn == []
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
