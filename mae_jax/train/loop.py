@@ -158,8 +158,8 @@ class Run:
         self.latest: Metrics | None = None  # of the last step looked at
         self.window = Window()
         if self.config.reconstruct_every is not None:
-            image_hw = self.config.model.image_hw
-            self.samples = load_samples(self.source, range(len(self.source)), PICTURED, image_hw)
+            image_hw, share = self.config.model.image_hw, self.config.augment.evaluation_crop
+            self.samples = load_samples(self.source, range(len(self.source)), PICTURED, image_hw, share)
 
     def go(self, state: TrainState, start: int) -> Finished:
         """Run the steps from `start` to the end, or to a stop."""
