@@ -46,8 +46,9 @@ def random_resized_crop_box(
 def covering_size(size_hw: tuple[int, int], least_hw: tuple[int, int]) -> tuple[int, int]:
     """The size that an image has once it is scaled to just cover `least_hw`: torchvision's `Resize` for a square."""
     (height, width), (source_h, source_w) = least_hw, size_hw
-    scale = max(height / source_h, width / source_w)
-    return max(height, int(source_h * scale)), max(width, int(source_w * scale))
+    if height * source_w >= width * source_h:
+        return height, height * source_w // source_h
+    return width * source_h // source_w, width
 
 
 def _box_of_scaled(

@@ -146,6 +146,21 @@ def test_center_crop_is_torchvisions(height: int, width: int, share: float, scal
     assert np.abs(to_array(center_crop(image, (size, size), share)) - expected).max() <= 1
 
 
+@given(sides, sides, st.sampled_from([8, 32, 224, 256]))
+@example(49, 98, 32)  # float arithmetic in another order gives 63
+def test_the_covering_size_is_torchvisions(height: int, width: int, size: int) -> None:
+    assert covering_size((height, width), (size, size)) == torchvision_resized_hw(height, width, size)
+
+
+@given(sides, sides, st.integers(1, 300), st.integers(1, 300))
+def test_the_covering_size_just_covers(height: int, width: int, least_h: int, least_w: int) -> None:
+    rows, columns = covering_size((height, width), (least_h, least_w))
+    assert rows >= least_h
+    assert columns >= least_w
+    assert rows == least_h or columns == least_w
+    assert abs(rows * width - columns * height) <= max(height, width)  # the shape is kept but for less than a pixel
+
+
 def test_an_evaluation_crop_of_seven_eighths_is_224_of_256() -> None:
     assert center_box((256, 256), (224, 224), 0.875) == (16, 16, 240, 240)
     assert center_box((256, 512), (224, 224), 0.875) == (144, 16, 368, 240)
