@@ -205,9 +205,7 @@ class AugmentConfig:
     scale: tuple[float, float] = (0.2, 1.0)  # of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width to height
     flip: bool = True  # left to right, half of the time
-    resize: Literal["exact", "fast"] = (
-        "exact"  # fast, not for fixed and center: scaled decoding, OpenCV; a grey level off
-    )
+    resize: Literal["exact", "fast"] = "exact"  # fast: scaled decoding and OpenCV, a grey level off; random crops only
     color_jitter: float = 0.0  # brightness, contrast and saturation times 1 - this .. 1 + this (Table 1e); 0: none
     rand_augment: float | None = None  # magnitude, 0 .. 10, of timm's rand-m*-inc1 (Cubuk et al. 2019), 9 in Table 9
     rand_augment_std: float = 0.5  # of the magnitude from one operation to the next

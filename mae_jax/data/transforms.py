@@ -82,7 +82,11 @@ def center_box(size_hw: tuple[int, int], image_hw: tuple[int, int], share: float
 
 
 def resize_box(image: Image.Image, box: Box, image_hw: tuple[int, int]) -> Image.Image:
-    """The image scaled as a whole, and the part `box` of it cut out then: only this part is computed."""
+    """The image scaled as a whole, and the part `box` of it cut out then: only this part is computed.
+
+    Equal to within rounding where Pillow takes its two passes in the same order for both, which from version 13 on
+    depends on the shapes: bytes are rounded and clipped in between.
+    """
     return image.resize(image_hw[::-1], Image.Resampling.BICUBIC, box=box)
 
 
