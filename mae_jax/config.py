@@ -202,11 +202,17 @@ class ClassifierConfig:
 class AugmentConfig:
     """What happens to an image between the file and the model (He et al. 2021, appendix A.1)."""
 
-    crop: Literal["random", "center"] = "random"  # center: scale the shorter side to the image size, cut the middle
+    # random: a part of any size and shape; fixed: the shorter side scaled to 8/7 of the image size (256 for 224), a box
+    # of the image size cut anywhere (Table 1e); center: the shorter side scaled to the image size, the middle cut out
+    crop: Literal["random", "fixed", "center"] = "random"
     scale: tuple[float, float] = (0.2, 1.0)  # of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width to height
     flip: bool = True  # left to right, half of the time
-    resize: Literal["exact", "fast"] = "exact"  # fast: scaled decoding and OpenCV; a grey level off on average
+    resize: Literal["exact", "fast"] = "exact"  # fast: scaled decoding and OpenCV, a grey level off; random crops only
+    color_jitter: float = 0.0  # brightness, contrast and saturation times 1 - this .. 1 + this (Table 1e); 0: none
+    rand_augment: float | None = None  # magnitude, 0 .. 10, of timm's rand-m*-inc1 (Cubuk et al. 2019), 9 in Table 9
+    rand_augment_std: float = 0.5  # of the magnitude from one operation to the next
+    evaluation_crop: float = 1.0  # of the shorter side, in the centre crops of evaluation; 0.875: 224 out of 256
     mean: tuple[float, ...] = IMAGENET_MEAN  # of channels scaled to 0 .. 1, subtracted on the device
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -215,12 +221,24 @@ class AugmentConfig:
             raise ValueError(f"scale {self.scale} is not 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio {self.ratio} is not 0 < low <= high")
+        for name in ("color_jitter", "rand_augment_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} must be finite and not negative")
+        if self.rand_augment is not None and not 0 <= self.rand_augment <= 10:
+            raise ValueError(f"rand_augment {self.rand_augment} is outside 0 .. 10")
+        if not 0 < self.evaluation_crop <= 1:
+            raise ValueError(f"evaluation_crop {self.evaluation_crop} is outside (0, 1]")
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean {self.mean} and std {self.std} have different lengths")
         if not all(math.isfinite(m) for m in self.mean):
             raise ValueError(f"mean {self.mean} must be finite")
         if not all(0 < s < math.inf for s in self.std):
             raise ValueError(f"std {self.std} must be positive and finite")
+
+    @property
+    def distorts(self) -> bool:
+        """Whether pixels are altered after crop and flip."""
+        return self.rand_augment is not None or self.color_jitter > 0
 
 
 @dataclass(frozen=True)
@@ -298,6 +316,11 @@ class RunConfig:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by repeats {self.repeats}")
         if self.canvas_size is not None and self.crops == "host":
             raise ValueError(f'canvas_size {self.canvas_size} is for crops "device", crops is "host"')
+        if self.crops == "device" and self.augment.distorts:
+            raise ValueError(
+                f'crops "device" cuts on the device, augment.color_jitter {self.augment.color_jitter} and '
+                f"augment.rand_augment {self.augment.rand_augment} work on the host's crops: take one or the other"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed} is outside 0 .. 2^32 - 1")
         if self.fsdp is not None and self.engine != "fsdp":

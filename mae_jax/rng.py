@@ -20,6 +20,8 @@ STREAMS = {
     "flip": 3,
     "mask": 4,
     "samples": 5,
+    "jitter": 6,
+    "rand_augment": 7,
     "mix": 8,
     "erase": 9,
     "drop_path": 10,

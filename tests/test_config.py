@@ -77,6 +77,19 @@ REFUSED = {
     ),
     "area of crops": (lambda: AugmentConfig(scale=(0.5, 1.5)), ("scale (0.5, 1.5)",)),
     "aspect of crops": (lambda: AugmentConfig(ratio=(2.0, 1.0)), ("ratio (2.0, 1.0)",)),
+    "jitter": (lambda: AugmentConfig(color_jitter=-0.4), ("color_jitter -0.4",)),
+    "magnitude": (lambda: AugmentConfig(rand_augment=11.0), ("rand_augment 11.0", "0 .. 10")),
+    "spread of magnitudes": (lambda: AugmentConfig(rand_augment_std=math.inf), ("rand_augment_std inf",)),
+    "evaluation of nothing": (lambda: AugmentConfig(evaluation_crop=0.0), ("evaluation_crop 0.0",)),
+    "evaluation of more": (lambda: AugmentConfig(evaluation_crop=1.1), ("evaluation_crop 1.1",)),
+    "jitter on the device": (
+        lambda: PretrainConfig(crops="device", augment=AugmentConfig(color_jitter=0.4)),
+        ('crops "device"', "augment.color_jitter 0.4"),
+    ),
+    "RandAugment on the device": (
+        lambda: PretrainConfig(crops="device", augment=AugmentConfig(rand_augment=9.0)),
+        ('crops "device"', "augment.rand_augment 9.0"),
+    ),
     "mean and std": (
         lambda: AugmentConfig(mean=(0.5,), std=(0.5, 0.25)),
         ("mean (0.5,)", "std (0.5, 0.25)"),

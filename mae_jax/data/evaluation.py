@@ -27,11 +27,20 @@ class EvaluationBatch(TypedDict):
 
 
 def evaluation_batches(
-    source: Source, image_hw: tuple[int, int], in_channels: int, batch_size: int, *, workers: int = 0
+    source: Source,
+    image_hw: tuple[int, int],
+    in_channels: int,
+    batch_size: int,
+    *,
+    share: float = 1.0,
+    workers: int = 0,
 ) -> Batches[EvaluationBatch]:
-    """All images of `source`, centre crops of `image_hw`, in threads unless `workers` processes are asked for."""
+    """All images of `source`, centre crops of `image_hw`, in threads unless `workers` processes are asked for.
+
+    `share` of the shorter side is in a crop, here and below (`AugmentConfig.evaluation_crop`).
+    """
     part = part_size(batch_size)
-    rows = grain.MapDataset.range(len(source)).map(_Row(source, image_hw, in_channels))
+    rows = grain.MapDataset.range(len(source)).map(_Row(source, image_hw, in_channels, share))
     return Batches(
         rows.batch(part),
         batch_size // part,
@@ -42,7 +51,7 @@ def evaluation_batches(
     )
 
 
-def load_images(files: Sequence[str], image_hw: tuple[int, int], in_channels: int) -> np.ndarray:
+def load_images(files: Sequence[str], image_hw: tuple[int, int], in_channels: int, share: float = 1.0) -> np.ndarray:
     """Image files to uint8 (files, height, width, in_channels), centre crops.
 
     Raises:
@@ -52,10 +61,12 @@ def load_images(files: Sequence[str], image_hw: tuple[int, int], in_channels: in
         images = [decode(file, mode_for(in_channels)) for file in files]
     except BrokenImage as error:
         raise StatedError(f"{error}. Give image files that can be read.") from error
-    return np.stack([to_array(center_crop(image, image_hw)) for image in images])
+    return np.stack([to_array(center_crop(image, image_hw, share)) for image in images])
 
 
-def load_samples(source: Source, order: Iterable[int], count: int, image_hw: tuple[int, int]) -> np.ndarray:
+def load_samples(
+    source: Source, order: Iterable[int], count: int, image_hw: tuple[int, int], share: float = 1.0
+) -> np.ndarray:
     """The first `count` images of `source`, in the given order of indices, that decode: uint8, centre crops.
 
     Raises:
@@ -64,7 +75,7 @@ def load_samples(source: Source, order: Iterable[int], count: int, image_hw: tup
     images: list[np.ndarray] = []
     for index in order:
         with contextlib.suppress(BrokenImage):
-            images.append(to_array(center_crop(source.load(index), image_hw)))
+            images.append(to_array(center_crop(source.load(index), image_hw, share)))
         if len(images) == count:
             break
     if not images:
@@ -79,10 +90,12 @@ class _Row:
     source: Source
     image_hw: tuple[int, int]
     in_channels: int
+    share: float
 
     def __call__(self, index: int) -> dict[str, np.ndarray | np.generic]:
         try:
-            image, broken = to_array(center_crop(self.source.load(index), self.image_hw)), False
+            crop = center_crop(self.source.load(index), self.image_hw, self.share)
+            image, broken = to_array(crop), False
         except BrokenImage:
             image, broken = np.zeros((*self.image_hw, self.in_channels), np.uint8), True
         return {

@@ -70,7 +70,7 @@ class JpegPicture:
         self._pixels: np.ndarray | None = None  # the last that was decoded, for another crop of the same picture
 
     def image(self) -> Image.Image:
-        return _to_image(self._decoded((0, 0)))
+        return to_image(self._decoded((0, 0)))
 
     def resized(self, box: Box, image_hw: tuple[int, int], fast: bool = False) -> np.ndarray:
         least = (0, 0)
@@ -99,7 +99,7 @@ class Squeezed:
         self.pixels, self.size_hw = pixels, size_hw
 
     def image(self) -> Image.Image:
-        return _to_image(self.pixels).resize(self.size_hw[::-1], Image.Resampling.BICUBIC)
+        return to_image(self.pixels).resize(self.size_hw[::-1], Image.Resampling.BICUBIC)
 
     def resized(self, box: Box, image_hw: tuple[int, int], fast: bool = False) -> np.ndarray:
         if box == (0, 0, self.size_hw[1], self.size_hw[0]) and image_hw == self.pixels.shape[:2]:
@@ -128,7 +128,7 @@ def resize_part(whole: Image.Image | np.ndarray, box: Box, image_hw: tuple[int, 
     if fast:
         return _resize_fast(to_array(whole) if isinstance(whole, Image.Image) else whole, box, image_hw)
     left, upper, right, lower = outer = _outer(box)
-    part = whole.crop(outer) if isinstance(whole, Image.Image) else _to_image(whole[upper:lower, left:right])
+    part = whole.crop(outer) if isinstance(whole, Image.Image) else to_image(whole[upper:lower, left:right])
     # Between pixels only where the picture was scaled before: Pillow's `box` and a crop give the same for whole ones.
     inner = (
         None
@@ -164,7 +164,8 @@ def _outer(box: Box) -> tuple[int, int, int, int]:
     return left, upper, max(left + 1, math.ceil(box[2] - slack)), max(upper + 1, math.ceil(box[3] - slack))
 
 
-def _to_image(pixels: np.ndarray) -> Image.Image:
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """uint8 (height, width, 1 or 3) to a grey or RGB image."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 

@@ -1,13 +1,14 @@
-"""The training stream: source, shuffle, repeat, crop and flip, batches.
+"""The training stream: source, shuffle, repeat, crop, flip and distort, batches.
 
 The stream of examples has positions 0, 1, 2 ...; the position alone fixes which image comes (a new order each
-epoch), its crop and its flip. So the batches are the same for any number of workers and hosts and after any restart,
-and going on at a step is arithmetic: nothing of the iterator is saved.
+epoch), its crop, its flip and how it is distorted. So the batches are the same for any number of workers and hosts and
+after any restart, and going on at a step is arithmetic: nothing of the iterator is saved.
 
 With repeats, that many positions in a row, a group, show one image, which is decoded once (Hoffer et al. 2019).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NotRequired, TypedDict, cast
 
 import grain
@@ -19,7 +20,7 @@ from mae_jax.data.decoding import BrokenImage
 from mae_jax.data.pictures import Picture
 from mae_jax.data.reading import Batches, Part, join, part_size
 from mae_jax.data.sources import Source
-from mae_jax.data.transforms import augment, crop_box, flips
+from mae_jax.data.transforms import augment, crop_box, distort, flips
 from mae_jax.data.workers import default_readers
 from mae_jax.errors import StatedError
 
@@ -136,7 +137,10 @@ class _Part:
         config = self.config
         crop, flip = (rng.host_generator(config.seed, stream, position) for stream in ("crop", "flip"))
         if config.crops == "host":
-            return {"image": augment(picture, config.augment, config.model.image_hw, crop, flip)}
+            pixels = augment(picture, config.augment, config.model.image_hw, crop, flip)
+            return {
+                "image": distort(pixels, config.augment, partial(rng.host_generator, config.seed, position=position))
+            }
         side, (height, width) = config.canvas, picture.size_hw
         left, top, right, bottom = crop_box(picture.size_hw, config.augment, config.model.image_hw, crop)
         box = (left * side / width, top * side / height, right * side / width, bottom * side / height)

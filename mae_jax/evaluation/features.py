@@ -41,7 +41,8 @@ def source_features(
 ) -> Features:
     """Features and labels of all images of a source."""
     features, labels, broken = [], [], []
-    with contextlib.closing(evaluation_batches(source, model.image_hw, model.in_channels, batch_size)) as batches:
+    crops = evaluation_batches(source, model.image_hw, model.in_channels, batch_size, share=augment.evaluation_crop)
+    with contextlib.closing(crops) as batches:
         for batch in batches:
             features.append(np.asarray(image_features(params, batch["image"], model, augment, pooling)))
             labels.append(batch["label"])

@@ -32,7 +32,8 @@ def reconstruction_sheet(
             model = dataclasses.replace(model, mask_ratio=mask_ratio)
         except ValueError as error:
             raise StatedError(str(error)) from error
-    images = load_images(files, model.image_hw, model.in_channels) if files else _samples(config, seed, samples)
+    share = config.augment.evaluation_crop
+    images = load_images(files, model.image_hw, model.in_channels, share) if files else _samples(config, seed, samples)
     views = reconstruct(params, images, sample_noise(seed, len(images), model), model, config.augment)
     shown = f"{len(files)} files" if files else config.data
     return draw(views, f"{shown}, step {step}, {1 - model.keep / model.num_patches:.1%} of patches hidden")
@@ -43,7 +44,7 @@ def _samples(config: PretrainConfig, seed: int, count: int) -> np.ndarray:
     if not 1 <= count <= len(source):
         raise StatedError(f"samples {count} is not in 1 .. {len(source)}, the images of {config.data}")
     order = rng.host_generator(seed, "samples", 0).permutation(len(source))
-    return load_samples(source, order.tolist(), count, config.model.image_hw)
+    return load_samples(source, order.tolist(), count, config.model.image_hw, config.augment.evaluation_crop)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

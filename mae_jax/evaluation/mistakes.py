@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from mae_jax.config import FinetuneConfig
 from mae_jax.data.evaluation import load_samples
 from mae_jax.data.sources import Source
 from mae_jax.evaluation.gallery import save_picture
@@ -47,13 +48,12 @@ def draw_confusion(matrix: Int[np.ndarray, "classes classes"], names: tuple[str,
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
-def draw_worst(
-    outcomes: Outcomes, head: int, source: Source, names: tuple[str, ...], image_hw: tuple[int, int], count: int = 32
-) -> Image.Image:
+def draw_worst(outcomes: Outcomes, head: int, source: Source, config: FinetuneConfig, count: int = 32) -> Image.Image:
     """The images with the largest losses, the largest first.
 
     Below each: what it is and how probable that was thought, and what it was named, in red where that is wrong.
     """
+    image_hw, share, names = config.model.image_hw, config.augment.evaluation_crop, source.class_names
     order = np.argsort(-outcomes.loss[head], kind="stable")[:count]
     scale = max(1, 96 // max(image_hw))
     height, width = image_hw[0] * scale, max(image_hw[1] * scale, 120)
@@ -63,7 +63,7 @@ def draw_worst(
     pen = ImageDraw.Draw(sheet)
     for place, row in enumerate(order):
         left, top = 6 + place % columns * (width + 6), 6 + place // columns * (height + 40)
-        pixels = load_samples(source, [int(outcomes.place[row])], 1, image_hw)[0]
+        pixels = load_samples(source, [int(outcomes.place[row])], 1, image_hw, share)[0]
         shown = Image.fromarray(pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0])
         sheet.paste(shown.resize((image_hw[1] * scale, height), Image.Resampling.NEAREST), (left, top))
         right, named = outcomes.label[row], outcomes.named[head][row]
@@ -74,14 +74,13 @@ def draw_worst(
     return sheet
 
 
-def write_mistakes(
-    folder: Path, outcomes: Outcomes, head: int, source: Source, names: tuple[str, ...], image_hw: tuple[int, int]
-) -> None:
+def write_mistakes(folder: Path, outcomes: Outcomes, head: int, source: Source, config: FinetuneConfig) -> None:
     """Both pictures into a folder.
 
     Raises:
       StatedError: it cannot be written to.
     """
+    names = source.class_names
     title = f"{outcomes.top(1)[head]:.2%} of {len(outcomes.label):,} images named rightly"
     save_picture(draw_confusion(confusion_matrix(outcomes, head, len(names)), names, title), folder / CONFUSION)
-    save_picture(draw_worst(outcomes, head, source, names, image_hw), folder / WORST)
+    save_picture(draw_worst(outcomes, head, source, config), folder / WORST)

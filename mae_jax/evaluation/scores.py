@@ -86,7 +86,7 @@ def judge(
     shown = Chosen(source, [min(place, len(source) - 1) for place in places])
     model = config.model
     found: list[tuple[np.ndarray, ...]] = []
-    read = evaluation_batches(shown, model.image_hw, model.in_channels, own)
+    read = evaluation_batches(shown, model.image_hw, model.in_channels, own, share=config.augment.evaluation_crop)
     with contextlib.closing(read) as batches:
         for number, rows in enumerate(batches):
             images = np.zeros((own, *model.image_hw, model.in_channels), np.uint8)

@@ -80,7 +80,7 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
     if hosts.first:
         folder = Path(config.workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_mistakes(folder, outcomes, 0, val, val.class_names, config.model.image_hw)
+        write_mistakes(folder, outcomes, 0, val, config)
     return outcomes
 
 
@@ -109,8 +109,7 @@ class Evaluations:
             return
         outcomes, head = self._evaluate(step, state)
         if last and self._room.hosts.first:
-            names = self._val.class_names
-            write_mistakes(self._room.workdir, outcomes, head, self._val, names, self._config.model.image_hw)
+            write_mistakes(self._room.workdir, outcomes, head, self._val, self._config)
 
     def _evaluate(self, step: int, state: TrainState) -> tuple[Outcomes, int]:
         config, room = self._config, self._room

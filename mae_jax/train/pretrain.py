@@ -35,7 +35,8 @@ class Pictures:
     def __init__(self, config: PretrainConfig, source: Source, room: Room) -> None:
         self._config, self._room = config, room
         if config.reconstruct_every is not None:
-            self._samples = load_samples(source, range(len(source)), PICTURED, config.model.image_hw)
+            image_hw, share = config.model.image_hw, config.augment.evaluation_crop
+            self._samples = load_samples(source, range(len(source)), PICTURED, image_hw, share)
 
     def begin(self, step: int, state: TrainState) -> None:
         """Nothing."""

@@ -52,6 +52,18 @@ def test_images_by_path(make_folder: Callable[..., Path]) -> None:
         load_images([str(folder / "missing.jpg")], (16, 24), 3)
 
 
+def test_a_share_of_the_shorter_side(make_folder: Callable[..., Path]) -> None:
+    folder = make_folder("photos", 2)
+    source = open_source(f"folder:{folder}", 3)
+    expected = np.stack([to_array(center_crop(source.load(i), (16, 24), 0.875)) for i in range(2)])
+    with evaluation_batches(source, (16, 24), 3, 2, share=0.875) as batches:
+        (batch,) = batches
+    assert (batch["image"] == expected).all()
+    assert (load_samples(source, range(2), 2, (16, 24), 0.875) == expected).all()
+    assert (load_images([str(folder / "a/000.jpg"), str(folder / "b/001.jpg")], (16, 24), 3, 0.875) == expected).all()
+    assert (load_samples(source, range(2), 2, (16, 24)) != expected).any()
+
+
 def test_samples_pass_over_broken_files(make_folder: Callable[..., Path]) -> None:
     source = open_source(f"folder:{make_folder('photos', 6, broken=(1, 2))}", 3)
     images = load_samples(source, [2, 3, 1, 0, 5], 2, (16, 24))

@@ -306,6 +306,8 @@ VIEWS = {
     "repeats": replace(CONFIG, repeats=2),
     "device, repeats": replace(CONFIG, crops="device", repeats=4),
     "fast": replace(CONFIG, augment=AugmentConfig(resize="fast")),
+    "fixed, distorted": replace(CONFIG, augment=AugmentConfig(crop="fixed", color_jitter=0.4, rand_augment=9.0)),
+    "fixed, device": replace(CONFIG, augment=AugmentConfig(crop="fixed"), crops="device"),
 }
 
 

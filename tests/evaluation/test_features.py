@@ -9,6 +9,7 @@ import pytest
 
 from mae_jax.config import AugmentConfig, ModelConfig, TransformerConfig
 from mae_jax.data.digits import DigitsSource
+from mae_jax.data.evaluation import load_samples
 from mae_jax.evaluation.features import image_features, source_features
 from mae_jax.models.mae import MaskedAutoencoder
 
@@ -53,3 +54,14 @@ def test_every_image_of_a_source_once_and_in_order():
     one = np.asarray(source.load(1000))[None, ..., None]
     expected = image_features(params, one, CONFIG, AUGMENT, "mean")
     np.testing.assert_allclose(features[1000], expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_centre_crop_is_the_augmentations():
+    source, params = DigitsSource(), draw_params(CONFIG)
+    augment = dataclasses.replace(AUGMENT, evaluation_crop=0.5)
+    features = source_features(params, source, CONFIG, augment, "mean", batch_size=512).values
+    images = load_samples(source, [3, 1796], 2, (8, 8), 0.5)
+    expected = image_features(params, images, CONFIG, augment, "mean")
+    np.testing.assert_allclose(features[[3, 1796]], expected, rtol=1e-4, atol=1e-5)
+    whole = image_features(params, load_samples(source, [3, 1796], 2, (8, 8)), CONFIG, augment, "mean")
+    assert np.abs(np.asarray(whole) - features[[3, 1796]]).max() > 0.01
