@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mae_jax.config import OptimConfig
-from mae_jax.train.optimizers import adamw_direction, decay_mask, learning_rate, peak_learning_rate
+from mae_jax.train.optimizers import (
+    adamw_direction,
+    decay_mask,
+    direction,
+    kernel_mask,
+    layer_rates,
+    learning_rate,
+    peak_learning_rate,
+)
 
 CURVE = OptimConfig(base_lr=1.0, min_lr=0.25, warmup_epochs=4)
 
@@ -134,3 +142,66 @@ def test_clipping_scales_large_gradients_alone():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), clipped, directions(OptimConfig(), divided))
     plain = directions(OptimConfig(), gradients)
     assert not np.allclose(clipped[1]["cls_token"], plain[1]["cls_token"], rtol=1e-3)
+
+
+def lars_by_hand(params, gradients, optim):
+    """The direction of each update in turn (You et al. 2017, algorithm 1), of parameters that stay."""
+    velocity, found = 0.0, []
+    for gradient in gradients:
+        if params.ndim > 1:
+            gradient = gradient + optim.weight_decay * params
+            gradient = gradient * optim.trust * np.linalg.norm(params) / np.linalg.norm(gradient)
+        velocity = optim.momentum * velocity + gradient
+        found.append(velocity)
+    return found
+
+
+def test_lars():
+    optim = OptimConfig(optimizer="lars", weight_decay=0.1, momentum=0.8, trust=0.02)
+    params = {"kernel": np.full((4, 2), -0.5), "bias": np.full(2, 0.5)}
+    rng = np.random.default_rng(0)
+    gradients = [{name: rng.normal(size=p.shape) for name, p in params.items()} for _ in range(3)]
+    with jax.enable_x64(True):
+        transformation = direction(optim)
+        placed = jax.tree.map(jnp.asarray, params)
+        state = transformation.init(placed)
+        for number, gradient in enumerate(gradients):
+            update, state = transformation.update(jax.tree.map(jnp.asarray, gradient), state, placed)
+            for name, p in params.items():
+                wanted = lars_by_hand(p, [g[name] for g in gradients], optim)[number]
+                np.testing.assert_allclose(update[name], wanted, rtol=1e-12)
+
+
+def test_lars_leaves_what_has_no_length():
+    """A kernel of zeros, and a gradient of zeros, give no division by zero: the gradient is taken as it is."""
+    transformation = direction(OptimConfig(optimizer="lars", weight_decay=0.0))
+    for p, g in ((jnp.zeros((2, 2)), jnp.ones((2, 2))), (jnp.ones((2, 2)), jnp.zeros((2, 2)))):
+        update, _ = transformation.update({"k": g}, transformation.init({"k": p}), {"k": p})
+        np.testing.assert_array_equal(update["k"], g)
+
+
+def test_layer_rates_and_what_decays_in_fine_tuning():
+    """Of a depth of 2: the head 1, the last block the decay, ... the patch projection its cube."""
+    leaf = np.ones((2, 2))
+    params = {
+        "encoder": {
+            "patch_embed": {"kernel": leaf, "bias": leaf[0]},
+            "cls_token": leaf[None],
+            "pos_embed": leaf[None],
+            "block_0": {"kernel": leaf},
+            "block_1": {"kernel": leaf},
+            "norm": {"scale": leaf[0]},
+        },
+        "head": {"kernel": leaf},
+    }
+    rates = layer_rates(params, 2, 0.5)
+    assert rates["head"]["kernel"] == rates["encoder"]["norm"]["scale"] == 1
+    assert rates["encoder"]["block_1"]["kernel"] == 0.5
+    assert rates["encoder"]["block_0"]["kernel"] == 0.25
+    assert rates["encoder"]["patch_embed"] == {"kernel": 0.125, "bias": 0.125}
+    assert rates["encoder"]["cls_token"] == rates["encoder"]["pos_embed"] == 0.125
+    decays = kernel_mask(params)
+    assert decays["encoder"]["patch_embed"] == {"kernel": True, "bias": False}
+    assert not decays["encoder"]["cls_token"]
+    assert not decays["encoder"]["pos_embed"]
+    assert decays["head"]["kernel"]
