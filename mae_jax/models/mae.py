@@ -92,10 +92,10 @@ class Encoder(nn.Module):
             tokens = append_token(tokens, self.mask_token, config.num_patches)
         return with_positions(tokens, self.position_table, mask, self.cls_token if config.class_token else None)
 
-    def blocks(self, visible: Patches, mask: Mask) -> Tokens:
-        """The tokens after the last block, not yet normalised."""
+    def blocks(self, visible: Patches, mask: Mask, count: int | None = None) -> Tokens:
+        """The tokens after the last block, or after the first `count` blocks, not yet normalised."""
         x = self.embed(visible, mask)
-        for block in self.block:
+        for block in self.block[:count]:
             x = block(x, 0)
         return x
 

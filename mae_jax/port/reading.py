@@ -80,11 +80,13 @@ def read_weights(
     hints = hints or Hints()
     if not path.exists():
         raise StatedError(f"{source} does not exist")
-    weights = _from_run(path, hints) if _is_run(path) else _from_torch(path, hints, fallback or Hints(), dtype)
+    weights = _from_run(path, hints) if is_run(path) else _from_torch(path, hints, fallback or Hints(), dtype)
     return weights if image_size is None else for_image_size(weights, image_size)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(source: str | Path) -> bool:
+    """Whether a source is a run of this project or one of its checkpoints."""
+    path = Path(source)
     return path.is_dir() and any((path / name).is_dir() for name in ("record", "checkpoints"))
 
 
