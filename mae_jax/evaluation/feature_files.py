@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +70,8 @@ def load_features(path: Path) -> FeatureFile:
       StatedError: it cannot be read, or is not what `mae-jax features` writes.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # Opened here: numpy leaves a file that it cannot read open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             missing = [name for name in FeatureFile._fields if name not in stored]
             if missing:
                 raise StatedError(f"{path} has no {', '.join(missing)}: give a file that `mae-jax features` wrote")
@@ -79,9 +79,11 @@ def load_features(path: Path) -> FeatureFile:
         said = json.loads(str(of))
     except OSError as error:
         raise StatedError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        # AttributeError: numpy gives an array, and no archive, for a file of another kind.
-        raise StatedError(f"{path} is damaged, or no file of features: {str(error).splitlines()[0][:200]}") from error
+    except StatedError:
+        raise
+    except Exception as error:  # whatever a damaged file makes NumPy and its layers raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise StatedError(f"{path} is damaged, or no file of features: {reason}") from error
     found = FeatureFile(features, labels, tuple(map(str, class_names.ravel())), tuple(map(str, names.ravel())), said)
     _check(path, found)
     return found
