@@ -1,37 +1,67 @@
 """k-nearest-neighbour classification of frozen features, by cosine similarity (Wu et al. 2018, section 3.4)."""
 
-from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from mae_jax.config import PretrainConfig
 from mae_jax.data.sources import Source, open_source
 from mae_jax.errors import NoSuchSplitError, StatedError
+from mae_jax.evaluation.encoders import load_pretrained, untrained
+from mae_jax.evaluation.feature_files import check_alike, load_features
 from mae_jax.evaluation.features import Features, Pooling, source_features
-from mae_jax.train.checkpoint import load_params
+from mae_jax.evaluation.neighbours import SIZES, Neighbours, Sizes, nearest
 from mae_jax.train.objective import Params
-from mae_jax.train.steps import init_state
 
 Bank = tuple[Float[np.ndarray, "images width"], Int[np.ndarray, " images"]]
 Queries = tuple[Float[np.ndarray, "queries width"], Int[np.ndarray, " queries"]]
 
+_VOTERS = 4096  # queries whose votes are counted at a time: of 1,000 classes, 32 MB
 
-@partial(jax.jit, static_argnames=("k", "classes", "temperature"))
-def _vote(
-    similarity: Float[Array, "queries bank"],
-    labels: Int[Array, " bank"],
+
+def vote(
+    found: Neighbours, labels: Int[np.ndarray, " images"], classes: int, temperature: float | None
+) -> Int[np.ndarray, " queries"]:
+    """The class that most neighbours vote for, in float64; of equal ones the first.
+
+    A neighbour's vote weighs exp(similarity / temperature), or 1 where that is None.
+    """
+    similarity = np.asarray(found.similarity, np.float64)
+    # Less the nearest's, which changes no ratio: the weights of one query cannot all be 0.
+    weights = (
+        np.ones_like(similarity) if temperature is None else np.exp((similarity - similarity[:, :1]) / temperature)
+    )
+    ballots = np.arange(len(weights))[:, None] * classes + labels[found.row]
+    votes = np.bincount(ballots.ravel(), weights.ravel(), minlength=len(weights) * classes)
+    return votes.reshape(-1, classes).argmax(axis=1)
+
+
+def knn_predictions(
+    bank: Bank,
+    queries: Float[np.ndarray, "queries width"] | None,
+    *,
     k: int,
-    classes: int,
     temperature: float | None,
-) -> Int[Array, " queries"]:
-    nearest, where = jax.lax.top_k(similarity, k)
-    weights = jnp.ones_like(nearest) if temperature is None else jnp.exp((nearest - 1) / temperature)
-    votes = jax.nn.one_hot(labels[where], classes, dtype=weights.dtype) * weights[..., None]
-    return votes.sum(axis=1).argmax(axis=1)
+    sizes: Sizes = SIZES,
+) -> Int[np.ndarray, " queries"]:
+    """The class that its k nearest neighbours in the bank give each query.
+
+    Without queries, each image of the bank is asked of the others. `temperature` weighs a neighbour by
+    exp(similarity / temperature); None counts each one once. The Lightly benchmark takes k 200 and 0.07.
+
+    Raises:
+      StatedError: k is not in 1 .. the number of neighbours there are, or the temperature is not positive.
+    """
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise StatedError(f"temperature {temperature} is not positive and finite; None counts each neighbour once")
+    features, labels = bank
+    classes = int(labels.max(initial=0)) + 1
+    named = [
+        vote(Neighbours(*(values[first : first + _VOTERS] for values in found)), labels, classes, temperature)
+        for found in nearest(features, queries, k, sizes)
+        for first in range(0, len(found.row), _VOTERS)
+    ]
+    return np.concatenate(named)
 
 
 def knn_accuracy(
@@ -40,84 +70,113 @@ def knn_accuracy(
     *,
     k: int,
     temperature: float | None,
-    chunk: int = 1024,
+    sizes: Sizes = SIZES,
 ) -> float:
-    """The share of queries that their k nearest neighbours in the bank name rightly.
-
-    Without queries, each image of the bank is asked of the others. `temperature` weighs a neighbour by
-    exp(similarity / temperature); None counts each one once.
+    """The share of queries that `knn_predictions` names rightly.
 
     Raises:
-      StatedError: k is not in 1 .. the number of neighbours there are.
+      StatedError: as there.
     """
-    features, labels = bank
-    others = len(features) - (queries is None)
-    if not 1 <= k <= others:
-        raise StatedError(f"k {k} is not in 1 .. {others}, the number of images to choose neighbours from")
-    asked, truth = bank if queries is None else queries
-    bank_unit, asked_unit = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features, asked))
-    classes = int(max(labels.max(), truth.max())) + 1
-    right = 0
-    for first in range(0, len(asked), chunk):
-        rows = slice(first, first + chunk)
-        similarity = jnp.asarray(asked_unit[rows]) @ jnp.asarray(bank_unit).T
-        if queries is None:
-            itself = jnp.arange(similarity.shape[0])
-            similarity = similarity.at[itself, itself + first].set(-jnp.inf)
-        named = _vote(similarity, jnp.asarray(labels), k, classes, temperature)
-        right += int((np.asarray(named) == truth[rows]).sum())
-    return right / len(asked)
+    asked, truth = (None, bank[1]) if queries is None else queries
+    return float((knn_predictions(bank, asked, k=k, temperature=temperature, sizes=sizes) == truth).mean())
 
 
-def _validation(config: PretrainConfig, data: str) -> Source | None:
+def _validation(data: str, in_channels: int) -> Source | None:
     try:
-        return open_source(data, config.model.in_channels, "val")
+        return open_source(data, in_channels, "val")
     except NoSuchSplitError:
         return None  # images of train are asked of each other
 
 
-def _with_class(found: Features, source: Source, numbers: dict[str, int]) -> Bank:
-    """The images that have a class, numbered by the classes of train.
+def _with_class(values: np.ndarray, labels: np.ndarray, own: tuple[str, ...], bank: tuple[str, ...], said: str) -> Bank:
+    """The images that have a class, numbered by the classes of the bank; `said` names the two.
 
     Raises:
-      StatedError: a class is not among them.
+      StatedError: a class is not among the bank's, or no image has one.
     """
-    unknown = [name for name in source.class_names if name not in numbers]
+    unknown = [name for name in own if name not in bank]
     if unknown:
-        raise StatedError(f"val has classes that train has not: {', '.join(unknown[:5])}")
-    values, labels = found.values[found.labels >= 0], found.labels[found.labels >= 0]
-    return values, np.array([numbers[name] for name in source.class_names], np.int32)[labels]
+        raise StatedError(f"{said}: {', '.join(unknown[:5])}")
+    number = {name: place for place, name in enumerate(bank)}
+    has = labels >= 0
+    if not has.any():
+        raise StatedError("none of the images that decode has a class")
+    return values[has], np.array([number[name] for name in own], np.int32)[labels[has]]
 
 
-def compare_with_untrained(run: Path, data: str | None, *, k: int, temperature: float | None, pooling: Pooling) -> str:
-    """k-NN accuracy of a run's encoder and of the same encoder with the weights it started from, as a sentence.
+def _asked(counts: list[int], where: str) -> str:
+    bank, *queries = (f"{count:,}" for count in counts)
+    return f"{queries[0]} images of {where} among {bank}" if queries else f"each of {bank} images by the others"
+
+
+def compare_with_untrained(
+    source: str | Path,
+    data: str | None,
+    *,
+    k: int,
+    temperature: float | None,
+    pooling: Pooling,
+    encoder_heads: int | None = None,
+) -> str:
+    """k-NN accuracy of an encoder and of the same one untrained, as a sentence.
 
     Raises:
-      StatedError: there is no such run, its data has no two classes, or the model no class token to pool by.
+      StatedError: there is no such encoder, its data has no two classes, or the model no class token to pool by.
     """
-    config, params, step = load_params(run)
-    data = data or config.data
-    if pooling == "class" and not config.model.class_token:
-        raise StatedError("pooling class needs a class token, and this model has none; use mean")
-    train = open_source(data, config.model.in_channels)
-    val = _validation(config, data)
+    pretrained = load_pretrained(str(source), encoder_heads)
+    model, run = pretrained.model, pretrained.run
+    data = data or (run.data if run else None)
+    if data is None:
+        raise StatedError(f"{source} does not say what data it was trained on: give --data")
+    train = open_source(data, model.in_channels)
+    val = _validation(data, model.in_channels)
     if len(train.class_names) < 2:
         raise StatedError(f"data {data} has no classes to tell apart; give --data a folder of class folders")
-    numbers = {name: number for number, name in enumerate(train.class_names)}
     sources = [train] if val is None else [train, val]
 
     def score(weights: Params) -> tuple[float, list[Features], list[Bank]]:
-        found = [source_features(weights, source, config.model, config.augment, pooling) for source in sources]
-        banks = [_with_class(part, source, numbers) for part, source in zip(found, sources, strict=True)]
+        found = [source_features(weights, source, model, pretrained.augment, pooling) for source in sources]
+        banks = [
+            _with_class(
+                part.values, part.labels, source.class_names, train.class_names, "val has classes that train has not"
+            )
+            for part, source in zip(found, sources, strict=True)
+        ]
         return knn_accuracy(banks[0], banks[1] if val else None, k=k, temperature=temperature), found, banks
 
-    trained, found, banks = score(params)
-    untrained, _, _ = score(init_state(config).params)
-    counts = [f"{len(labels):,}" for _, labels in banks]
-    asked = f"{counts[1]} images of val among {counts[0]}" if val else f"each of {counts[0]} images by the others"
-    return f"{k}-NN accuracy, {asked}: {trained:.2%} at step {step}, {untrained:.2%} before training" + _left_out(
-        found, sources
+    trained, found, banks = score(pretrained.params)
+    fresh, _, _ = score(untrained(pretrained))
+    asked = _asked([len(labels) for _, labels in banks], "val")
+    scores = (
+        f"{trained:.2%} at step {pretrained.step}, {fresh:.2%} before training"
+        if run
+        else f"{trained:.2%}, {fresh:.2%} with random weights"
     )
+    return f"{k}-NN accuracy, {asked}: {scores}{_left_out(found, sources)}"
+
+
+def compare_files(bank: Path, queries: Path | None, *, k: int, temperature: float | None) -> str:
+    """k-NN accuracy of features that `mae-jax features` has written, as a sentence.
+
+    Without queries, each image of the bank is asked of the others.
+
+    Raises:
+      StatedError: a file cannot be read, the two hold different features, or there are no two classes.
+    """
+    files = [(path, load_features(path)) for path in (bank, queries) if path]
+    for path, other in files[1:]:
+        check_alike(bank, files[0][1], path, other)
+    names = files[0][1].class_names
+    if len(names) < 2:
+        raise StatedError(f"{bank} has no classes to tell apart")
+    banks = [
+        _with_class(found.features, found.labels, found.class_names, names, f"{path} has classes that {bank} has not")
+        for path, found in files
+    ]
+    accuracy = knn_accuracy(banks[0], banks[1] if queries else None, k=k, temperature=temperature)
+    without = sum(int((found.labels < 0).sum()) for _, found in files)
+    left = f". Left out: {without} have no class" if without else ""
+    return f"{k}-NN accuracy, {_asked([len(labels) for _, labels in banks], str(queries))}: {accuracy:.2%}{left}"
 
 
 def _left_out(found: list[Features], sources: list[Source]) -> str:

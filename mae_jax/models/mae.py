@@ -92,10 +92,19 @@ class Encoder(nn.Module):
             tokens = append_token(tokens, self.mask_token, config.num_patches)
         return with_positions(tokens, self.position_table, mask, self.cls_token if config.class_token else None)
 
-    def blocks(self, visible: Patches, mask: Mask, survival: Float[Array, "batch depth 2"] | None = None) -> Tokens:
-        """The tokens after the last block, not yet normalised; `survival` is what `drop_path` gives."""
+    def blocks(
+        self,
+        visible: Patches,
+        mask: Mask,
+        survival: Float[Array, "batch depth 2"] | None = None,
+        count: int | None = None,
+    ) -> Tokens:
+        """The tokens after the last block, or after the first `count` blocks, not yet normalised.
+
+        `survival` is what `drop_path` gives.
+        """
         x = self.embed(visible, mask)
-        for number, block in enumerate(self.block):
+        for number, block in enumerate(self.block[:count]):
             x = block(x, 0, None if survival is None else survival[:, number])
         return x
 

@@ -84,8 +84,9 @@ def read_weights(
     return weights if image_size is None else for_image_size(weights, image_size)
 
 
-def is_run(path: Path) -> bool:
-    """Whether this is a run or a checkpoint of this project."""
+def is_run(source: str | Path) -> bool:
+    """Whether a source is a run of this project or one of its checkpoints."""
+    path = Path(source)
     return path.is_dir() and any((path / name).is_dir() for name in ("record", "checkpoints"))
 
 

@@ -6,12 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from mae_jax.config import AugmentConfig, ModelConfig, TransformerConfig
+from mae_jax.config import AugmentConfig, ClassifierConfig, ModelConfig, TransformerConfig
 from mae_jax.data.digits import DigitsSource
 from mae_jax.data.evaluation import load_samples
-from mae_jax.evaluation.features import image_features, source_features
+from mae_jax.data.folder import FolderSource
+from mae_jax.errors import StatedError
+from mae_jax.evaluation.features import check_features, image_features, source_features
+from mae_jax.models.classifier import Classifier
+from mae_jax.models.layers import Block
 from mae_jax.models.mae import MaskedAutoencoder
+from mae_jax.train.objective import normalise_images
 
 CONFIG = ModelConfig(
     image_size=8,
@@ -65,3 +71,72 @@ def test_the_centre_crop_is_the_augmentations():
     np.testing.assert_allclose(features[[3, 1796]], expected, rtol=1e-4, atol=1e-5)
     whole = image_features(params, load_samples(source, [3, 1796], 2, (8, 8)), CONFIG, augment, "mean")
     assert np.abs(np.asarray(whole) - features[[3, 1796]]).max() > 0.01
+
+
+@pytest.mark.parametrize(("remat", "blocks"), [(False, (0, -1)), (True, (-2,))])
+def test_blocks(remat, blocks):
+    """What a block gives, from 0 and back from -1."""
+    config = dataclasses.replace(CONFIG, encoder=dataclasses.replace(CONFIG.encoder, depth=3), remat=remat)
+    params, images = draw_params(config), np.random.default_rng(1).integers(0, 256, (5, 8, 8, 1), np.uint8)
+
+    @jax.jit
+    def outputs(params, images):
+        pixels = normalise_images(images, AUGMENT, "float32")
+        _, seen = MaskedAutoencoder(dataclasses.replace(config, remat=False)).apply(
+            {"params": params},
+            pixels,
+            method="encode",
+            capture_intermediates=lambda module, method: isinstance(module, Block) and method == "__call__",
+        )
+        return [seen["intermediates"]["encoder"][f"block_{i}"]["__call__"][0] for i in range(3)]
+
+    tokens = outputs(params, images)
+    for block in blocks:
+        mean = image_features(params, images, config, AUGMENT, "mean", block)
+        np.testing.assert_allclose(mean, tokens[block][:, 1:].mean(axis=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "class"])
+def test_a_classifier_gives_what_its_head_sees(pooling):
+    config = ClassifierConfig(CONFIG, 7, pooling)
+    images = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 1), np.uint8)
+    pixels = normalise_images(images, AUGMENT, "float32")
+    shapes = jax.eval_shape(Classifier(config).init, jax.random.key(0), pixels)["params"]
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.2, p.shape), p.dtype), shapes)
+    found = image_features(params, images, CONFIG, AUGMENT, pooling)
+    logits = jax.jit(Classifier(config).apply)({"params": params}, pixels)
+    head = params["head"]
+    np.testing.assert_allclose(found @ head["kernel"] + head["bias"], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_are_not_there_are_refused():
+    params = {"encoder": {"norm": {}}}
+    check_features(params, CONFIG, "class", -1)
+    for block in (1, -2):
+        with pytest.raises(StatedError, match=rf"block {block} is not in -1 \.\. 0: the encoder has 1 blocks"):
+            check_features(params, CONFIG, "mean", block)
+    with pytest.raises(StatedError, match="this model has none; use mean"):
+        check_features(params, dataclasses.replace(CONFIG, class_token=False), "class", None)
+    with pytest.raises(StatedError, match="normalises the mean of the patches alone"):
+        check_features({"encoder": {}}, CONFIG, "class", None)
+
+
+def test_broken_files_and_a_last_batch_that_is_not_full(tmp_path):
+    """On eight devices, batches of 8; progress counts every file."""
+    params, told = draw_params(CONFIG), []
+    for i in range(21):
+        Image.new("L", (9, 12), 10 * i).save(tmp_path / f"{i:02}.png")
+    for i in (4, 20):
+        (tmp_path / f"{i:02}.png").write_bytes(b"not an image")
+    source = FolderSource(str(tmp_path), "L")
+    found = source_features(params, source, CONFIG, AUGMENT, "mean", 6, tell=told.append)
+    assert found.broken.tolist() == [4, 20]
+    assert (found.values.shape, found.values.dtype, found.labels.shape) == ((19, 16), np.float32, (19,))
+    assert told == [8, 8, 5]
+    whole = source_features(params, source, CONFIG, AUGMENT, "mean")
+    np.testing.assert_allclose(whole.values, found.values, rtol=1e-5, atol=1e-6)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"not an image")
+    with pytest.raises(StatedError, match=r"no image decodes, .*00\.png the first of them"):
+        source_features(params, source, CONFIG, AUGMENT, "mean")

@@ -1,15 +1,20 @@
-"""k-nearest neighbours against a plain loop, and against scikit-learn."""
+"""k-nearest neighbours against a plain loop, scikit-learn and Lightly."""
 
 import contextlib
 import dataclasses
+import importlib.util
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_jax.errors import StatedError
-from mae_jax.evaluation.knn import compare_with_untrained, knn_accuracy
+from mae_jax.evaluation.knn import compare_with_untrained, knn_accuracy, knn_predictions, vote
+from mae_jax.evaluation.neighbours import Neighbours, Sizes
 from mae_jax.train.checkpoint import Checkpoints
 from mae_jax.train.steps import init_state
 from tests.train.conftest import TINY
@@ -58,6 +63,63 @@ def test_against_scikit_learn(k):
     assert knn_accuracy(bank, queries, k=k, temperature=None) == pytest.approx(theirs, abs=1e-12)
 
 
+def twins(count, seed, classes=10):
+    """Clouds in which each image stands three times, in no order: similarities are equal, and so are the classes."""
+    features, labels = clouds(count, seed, classes, width=32)
+    order = np.random.default_rng(seed).permutation(3 * count)
+    return np.repeat(features, 3, axis=0)[order], np.repeat(labels, 3)[order]
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(200, 0.07), (20, 0.1), (200, 1.0)])
+def test_against_lightly(k, temperature):
+    """The k-NN of Lightly's benchmarks."""
+    lightly = importlib.util.find_spec("lightly")
+    if lightly is None:
+        pytest.skip("lightly is not installed")
+    # Its package of benchmarks asks for pytorch_lightning, this file of it does not.
+    knn_predict = runpy.run_path(str(Path(lightly.origin).parent / "utils/benchmarking/knn.py"))["knn_predict"]
+    bank, (queries, truth) = twins(300, seed=8), clouds(150, seed=9, classes=10, width=32)
+    bank_unit, unit = (torch.nn.functional.normalize(torch.from_numpy(x), dim=1) for x in (bank[0], queries))
+    theirs = knn_predict(unit, bank_unit.T, torch.from_numpy(bank[1]).long(), 10, k, temperature)[:, 0]
+    for sizes in (Sizes(), Sizes(group=64, chunk=128, block=32)):
+        ours = knn_predictions(bank, queries, k=k, temperature=temperature, sizes=sizes)
+        np.testing.assert_array_equal(ours, theirs)
+    assert 0.5 < (ours == truth).mean() < 1
+
+
+@pytest.mark.parametrize("temperature", [None, 0.07])
+def test_equal_images_of_different_classes(temperature):
+    """All features are corners of a cube, each many times and in all classes: who votes is decided by the rows."""
+    random = np.random.default_rng(0)
+    features, queries = (random.choice([-1, 1], (n, 4)).astype(np.float32) for n in (400, 60))
+    labels = random.integers(0, 5, 400).astype(np.int32)
+    expected = []
+    for query in queries:
+        similarity = features @ query / 4
+        rows = np.argsort(-similarity, kind="stable")[:30]
+        weights = np.ones(30) if temperature is None else np.exp(similarity[rows].astype(np.float64) / temperature)
+        # Of equal votes the first class; sums of equal weights in another order may differ in the last place.
+        votes = np.bincount(labels[rows], weights, minlength=5)
+        expected.append(int(np.flatnonzero(votes >= votes.max() * (1 - 1e-12))[0]))
+    for sizes in (Sizes(), Sizes(group=7, chunk=13, block=3)):
+        found = knn_predictions((features, labels), queries, k=30, temperature=temperature, sizes=sizes)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_low_temperature_leaves_the_nearest():
+    """Weights that would all be too small for a number do not make the first class win."""
+    found = Neighbours(np.array([[0.3, 0.2, 0.2]], np.float32), np.array([[0, 1, 2]]))
+    labels = np.array([2, 1, 1])
+    assert vote(found, labels, 3, 1e-5).tolist() == [2]
+    assert vote(found, labels, 3, None).tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(StatedError, match=f"temperature {temperature} is not positive and finite"):
+        knn_accuracy(clouds(12, seed=1), None, k=2, temperature=temperature)
+
+
 def test_leaving_one_out_leaves_out_the_image_itself():
     """Pairs of opposite classes: the nearest other image is always wrong, and only the image itself would be right."""
     rng = np.random.default_rng(0)
@@ -72,7 +134,7 @@ def test_leaving_one_out_in_chunks():
     """Each chunk has its own rows on the diagonal."""
     bank = clouds(50, seed=5)
     whole = knn_accuracy(bank, None, k=3, temperature=0.1)
-    assert knn_accuracy(bank, None, k=3, temperature=0.1, chunk=16) == whole
+    assert knn_accuracy(bank, None, k=3, temperature=0.1, sizes=Sizes(chunk=16, group=20, block=8)) == whole
 
 
 def test_length_does_not_count():

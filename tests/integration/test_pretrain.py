@@ -145,7 +145,7 @@ def test_a_relative_folder_is_found_from_anywhere(run: Run, tmp_path: Path, monk
         (["pretrain", "digits", "--devices=3"], 1, "devices 3 asked for, this host has 1"),
         (["pretrain", "digits", "--workdir=/proc/nothing"], 1, "/proc/nothing"),
         (["reconstruct", "/nowhere"], 1, "/nowhere is neither a run with a checkpoint nor a checkpoint"),
-        (["knn", "/nowhere"], 1, "/nowhere is neither"),
+        (["knn", "/nowhere"], 1, "/nowhere does not exist"),
         (["nonsense"], 2, "nonsense"),
         ([], 2, "COMMAND"),
     ],

@@ -1,0 +1,66 @@
+"""An encoder to evaluate: of a run or checkpoint of this project, or of a PyTorch checkpoint."""
+
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mae_jax import rng
+from mae_jax.config import AugmentConfig, ClassifierConfig, ModelConfig, PretrainConfig
+from mae_jax.models.classifier import Classifier
+from mae_jax.port.inference import Hints
+from mae_jax.port.keys import Config, encoder_config
+from mae_jax.port.reading import is_run, read_weights
+from mae_jax.train.checkpoint import load_any
+from mae_jax.train.objective import Params
+from mae_jax.train.steps import init_state
+from mae_jax.train.workdir import find_checkpoint
+
+
+class Pretrained(NamedTuple):
+    """Parameters, and all that says how they are used."""
+
+    source: str  # the checkpoint's own path, or hf:OWNER/NAME
+    config: Config
+    params: Params  # a classifier's, or a masked autoencoder's with or without its decoder
+    augment: AugmentConfig  # how pixels are normalised
+    step: int | None = None  # of a run of this project
+    run: PretrainConfig | None = None
+    notes: tuple[str, ...] = ()  # on what was read, in sentences
+
+    @property
+    def model(self) -> ModelConfig:
+        return encoder_config(self.config)
+
+
+def load_pretrained(source: str, encoder_heads: int | None = None) -> Pretrained:
+    """The newest checkpoint of a run, one checkpoint, or whatever PyTorch checkpoint `mae-jax port` reads.
+
+    Raises:
+      StatedError: it cannot be read, or nothing tells its attention heads and `encoder_heads` is not given.
+    """
+    augment = None
+    if is_run(source):
+        run, params, step = load_any(source)
+        if isinstance(run, PretrainConfig):
+            return Pretrained(str(find_checkpoint(source)), run.model, params, run.augment, step, run)
+        augment = run.augment
+    # The decoder plays no part, whatever its heads are.
+    weights = read_weights(source, Hints(encoder_heads=encoder_heads), fallback=Hints(decoder_heads=1))
+    return Pretrained(
+        source if source.startswith("hf:") else os.path.abspath(source),
+        weights.config,
+        jax.tree.map(jnp.array, weights.params),
+        augment or AugmentConfig(mean=weights.mean, std=weights.std),
+        notes=weights.notes,
+    )
+
+
+def untrained(pretrained: Pretrained) -> Params:
+    """The parameters that a run started from; of a PyTorch checkpoint, random ones of the same model (seed 0)."""
+    config = pretrained.config
+    if isinstance(config, ClassifierConfig):
+        images = jnp.zeros((1, *config.model.image_hw, config.model.in_channels))
+        return jax.jit(Classifier(config).init)(rng.device_key(0, "init"), images)["params"]
+    return init_state(pretrained.run or PretrainConfig(model=config, augment=pretrained.augment)).params

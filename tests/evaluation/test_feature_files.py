@@ -1,0 +1,139 @@
+"""Files of features: whole or not there, and read without trust."""
+
+import os
+
+import numpy as np
+import pytest
+
+from mae_jax.errors import StatedError
+from mae_jax.evaluation.feature_files import FeatureFile, load_features, save_features
+from mae_jax.evaluation.knn import compare_files
+
+OF = {"source": "/runs/a", "step": 12, "pooling": "mean", "block": None, "data": "digits", "split": "train"}
+
+
+def found(count=6, **changes):
+    random = np.random.default_rng(count)
+    values = random.normal(size=(count, 4)).astype(np.float32)
+    labels = (np.arange(count) % 3 - 1).astype(np.int32)
+    names = tuple(f"größe {i}\n.png" for i in range(count))
+    return FeatureFile(values, labels, ("a", "b"), names, OF)._replace(**changes)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    save_features(tmp_path / "x.npz", found())
+    save_features(tmp_path / "x.npz", found(5))  # in place of the first
+    back = load_features(tmp_path / "x.npz")
+    expected = found(5)
+    np.testing.assert_array_equal(back.features, expected.features)
+    np.testing.assert_array_equal(back.labels, expected.labels)
+    assert back[2:] == expected[2:]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_nothing_half_written_stays(tmp_path, monkeypatch):
+    save_features(tmp_path / "x.npz", found())
+    before = (tmp_path / "x.npz").read_bytes()
+
+    def full(stream, **arrays):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(StatedError, match=r"x\.npz cannot be written: No space left on device"):
+        save_features(tmp_path / "x.npz", found(7))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+    assert (tmp_path / "x.npz").read_bytes() == before
+
+
+def test_where_no_file_can_be(tmp_path):
+    (tmp_path / "folder.npz").mkdir()
+    for path, words in (
+        (tmp_path / "x.npy", r"out .*x\.npy does not end in \.npz"),
+        (tmp_path / "none" / "x.npz", "none is no folder that can be written to"),
+        (tmp_path / "folder.npz", "is a folder: choose another name"),
+    ):
+        with pytest.raises(StatedError, match=words):
+            save_features(path, found())
+
+
+def test_a_file_that_could_run_code_is_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    arrays = found()._asdict() | {"of": "{}", "labels": np.array([Trap()], object)}
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(StatedError, match=r"x\.npz is damaged, or no file of features: .*allow_pickle"):
+        load_features(tmp_path / "x.npz")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"features": np.zeros((6, 4))}, r"features are float64 \(6, 4\), not float32"),
+        ({"features": np.zeros(6, np.float32)}, r"features are float32 \(6,\)"),
+        ({"labels": np.zeros(5, np.int32)}, r"6 features, and labels int32 \(5,\), 6 names"),
+        ({"labels": np.zeros(6)}, r"6 features, and labels float64 \(6,\)"),
+        ({"names": ("a",)}, "1 names"),
+        ({"labels": np.full(6, 2, np.int32)}, r"labels 2 \.\. 2 are not those of 2 classes"),
+        ({"labels": np.full(6, -2, np.int32)}, r"labels -2 \.\. -2 are not those"),
+        ({"of": [1]}, r"of is \[1\]"),
+    ],
+)
+def test_other_contents_are_refused(tmp_path, changes, words):
+    save_features(tmp_path / "x.npz", found(**changes))
+    with pytest.raises(StatedError, match=words):
+        load_features(tmp_path / "x.npz")
+
+
+def test_other_files_are_refused(tmp_path):
+    file = tmp_path / "x.npz"
+    with pytest.raises(StatedError, match="cannot be read: No such file"):
+        load_features(file)
+    np.savez(file, features=np.zeros((2, 2), np.float32), names=np.array(["a"]))
+    with pytest.raises(StatedError, match=r"has no labels, class_names, of: give a file that `mae-jax features` wrote"):
+        load_features(file)
+    with file.open("wb") as stream:
+        np.save(stream, np.zeros(3))
+    with pytest.raises(StatedError, match="no file of features"):
+        load_features(file)
+    save_features(file, found())
+    content = file.read_bytes()
+    for damaged in (content[:-40], content[:400], b"", content.replace(b"\x93NUMPY", b"\x93NUMPX")):
+        file.write_bytes(damaged)
+        with pytest.raises(StatedError, match=r"x\.npz is damaged, or no file of features"):
+            load_features(file)
+
+
+def test_features_of_two_kinds_do_not_compare(tmp_path):
+    bank = tmp_path / "bank.npz"
+    save_features(bank, found(9))
+    for name, value in {"source": "/runs/b", "step": 13, "pooling": "class", "block": 3}.items():
+        save_features(tmp_path / "other.npz", found(6, of=OF | {name: value}))
+        with pytest.raises(StatedError, match=rf"do not compare: {name} {OF[name]} and {value}"):
+            compare_files(bank, tmp_path / "other.npz", k=1, temperature=None)
+    save_features(tmp_path / "other.npz", found(6, features=np.zeros((6, 5), np.float32)))
+    with pytest.raises(StatedError, match="do not compare: 4 and 5 wide"):
+        compare_files(bank, tmp_path / "other.npz", k=1, temperature=None)
+
+
+def test_classes_of_two_files_go_by_name(tmp_path):
+    values = np.eye(4, dtype=np.float32)
+    bank, queries = tmp_path / "bank.npz", tmp_path / "queries.npz"
+    four = found(4, features=values, class_names=("a", "b", "c"), labels=np.array([0, 1, 2, -1], np.int32))
+    save_features(bank, four)
+    # b and c have other numbers here.
+    save_features(queries, four._replace(class_names=("b", "c"), labels=np.array([-1, 0, 1, 0], np.int32)))
+    said = compare_files(bank, queries, k=1, temperature=0.07)
+    assert said == f"1-NN accuracy, 3 images of {queries} among 3: 66.67%. Left out: 2 have no class"
+    assert compare_files(bank, None, k=2, temperature=None).startswith(
+        "2-NN accuracy, each of 3 images by the others: "
+    )
+    save_features(queries, four._replace(class_names=("b", "c", "d")))
+    with pytest.raises(StatedError, match=r"queries\.npz has classes that .*bank\.npz has not: d"):
+        compare_files(bank, queries, k=1, temperature=None)
+    save_features(queries, four._replace(class_names=("a",), labels=np.zeros(4, np.int32)))
+    with pytest.raises(StatedError, match=r"queries\.npz has no classes to tell apart"):
+        compare_files(queries, bank, k=1, temperature=None)
