@@ -40,7 +40,7 @@ def cutmix(images: Tensor, targets: Tensor, share: float, centre: tuple[float, f
     bounds = []
     for size, middle in zip((height, width), centre, strict=True):
         side, place = int(size * ratio), int(middle * size)
-        bounds.append((max(place - side // 2, 0), min(place + side // 2, size)))
+        bounds.append((max(place - side // 2, 0), min(place + (side + 1) // 2, size)))
     (top, bottom), (left, right) = bounds
     mixed = images.clone()
     order = [partner(row) for row in range(len(images))]

@@ -44,7 +44,7 @@ def image_features(
         Tokens,
         encoder.apply(variables, patches, mask)
         if normalised
-        else encoder.apply(variables, patches, mask, count, method="blocks"),
+        else encoder.apply(variables, patches, mask, count=count, method="blocks"),
     )
     pooled = tokens[:, :1] if pooling == "class" else tokens[:, int(model.class_token) :].mean(axis=1, keepdims=True)
     if block is None and not normalised:

@@ -49,8 +49,8 @@ def cutmix_box(share: Scalar, centre: Float[Array, "2"], height: int, width: int
     ratio = jnp.sqrt(1 - share)
 
     def within(size: int, middle: Scalar) -> Bool[Array, " size"]:
-        half, place, pixels = jnp.floor(size * ratio) // 2, jnp.floor(middle * size), jnp.arange(size)
-        return (pixels >= place - half) & (pixels < place + half)
+        side, place, pixels = jnp.floor(size * ratio), jnp.floor(middle * size), jnp.arange(size)
+        return (pixels >= place - side // 2) & (pixels < place + (side + 1) // 2)
 
     return within(height, centre[0])[:, None] & within(width, centre[1])[None, :]
 

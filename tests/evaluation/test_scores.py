@@ -39,7 +39,7 @@ class WithBroken(Chosen):
 
     def load(self, index):
         if index == 3:
-            raise BrokenImage("torn")
+            raise BrokenImage("digits[3]", "torn")
         return super().load(index)
 
 
