@@ -148,17 +148,17 @@ def claim(config: RunConfig, examples: int | None = None) -> Path:
     workdir = Path(config.workdir).absolute()
     file = workdir / CONFIG_FILE
     started, had = _started(workdir)
+    if started is not None and type(started) is not type(config):
+        raise StatedError(
+            f"{config.workdir} holds a run of {_KINDS[type(started)]}, and this is {_KINDS[type(config)]}: "
+            "choose another --workdir."
+        )
     if None not in (had, examples) and had != examples:
         raise StatedError(
             f"{config.workdir} was started on {had:,} images, and {config.data} has {examples:,} now. "
             "Bring the data back as it was, or choose another --workdir."
         )
     if started is not None:
-        if type(started) is not type(config):
-            raise StatedError(
-                f"{config.workdir} holds a run of {_KINDS[type(started)]}, and this is {_KINDS[type(config)]}: "
-                "choose another --workdir."
-            )
         differing = differences(started, config)
         if differing:
             rows = ", ".join(f"{name} {old}" for name, old, _ in differing)
