@@ -1,6 +1,7 @@
 """An encoder to evaluate: of a run or checkpoint of this project, or of a PyTorch checkpoint."""
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,15 +28,16 @@ class Pretrained(NamedTuple):
     augment: AugmentConfig  # how pixels are normalised
     step: int | None = None  # of a run of this project
     run: PretrainConfig | None = None
-    notes: tuple[str, ...] = ()  # on what was read, in sentences
 
     @property
     def model(self) -> ModelConfig:
         return encoder_config(self.config)
 
 
-def load_pretrained(source: str, encoder_heads: int | None = None) -> Pretrained:
+def load_pretrained(source: str, encoder_heads: int | None = None, say: Callable[[str], None] = print) -> Pretrained:
     """The newest checkpoint of a run, one checkpoint, or whatever PyTorch checkpoint `mae-jax port` reads.
+
+    say: is told what was assumed, changed or left out in reading.
 
     Raises:
       StatedError: it cannot be read, or nothing tells its attention heads and `encoder_heads` is not given.
@@ -48,12 +50,13 @@ def load_pretrained(source: str, encoder_heads: int | None = None) -> Pretrained
         augment = run.augment
     # The decoder plays no part, whatever its heads are.
     weights = read_weights(source, Hints(encoder_heads=encoder_heads), fallback=Hints(decoder_heads=1))
+    for note in weights.notes:
+        say(f"note: {note}")
     return Pretrained(
         source if source.startswith("hf:") else os.path.abspath(source),
         weights.config,
         jax.tree.map(jnp.array, weights.params),
         augment or AugmentConfig(mean=weights.mean, std=weights.std),
-        notes=weights.notes,
     )
 
 

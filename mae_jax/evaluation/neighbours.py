@@ -67,8 +67,8 @@ def nearest(
     """The k nearest images of the bank to each query, a group of queries after another.
 
     Without queries, each image of the bank is asked of the others. Similarities are float32 products of the highest
-    precision. The device holds a group, two chunks and a block of similarities: whatever the bank's size, 0.7 GB at
-    768 wide and k 200, and as much again to sort them.
+    precision. The device holds a group, two chunks and a block of similarities: whatever the bank's size, 0.6 GB at
+    768 wide and k 200, and what it takes to sort a block (1,024 x 16,384 values).
 
     Raises:
       StatedError: k is not in 1 .. the number of neighbours there are, or a feature is not finite.
