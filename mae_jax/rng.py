@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import jax
 
 # The numbers are part of a run's identity: never change or reuse one.
-STREAMS = {"init": 0, "order": 1, "crop": 2, "flip": 3, "mask": 4, "samples": 5}
+STREAMS = {"init": 0, "order": 1, "crop": 2, "flip": 3, "mask": 4, "samples": 5, "target": 12}
 
 # Positions are 32-bit on the device; 1,600 epochs of ImageNet are 2.05e9 examples.
 MAX_POSITION = 2**32 - 1

@@ -16,7 +16,8 @@ from mae_jax.train.steps import Params, TrainState
 def start_from(source: str, state: TrainState, model: ModelConfig, say: Callable[[str], None]) -> TrainState:
     """The state before the first step with the weights of `source`, wherever its arrays lie.
 
-    A decoder that the source does not have, or has in another size, stays random; positions are fitted to the image.
+    A decoder that the source does not have, or has in another size or for another target, stays random; positions are
+    fitted to the image. With a decoder of principal coefficients comes the basis that they are in.
 
     Raises:
       StatedError: there are no such weights, or their encoder is another one.
@@ -37,11 +38,12 @@ def start_from(source: str, state: TrainState, model: ModelConfig, say: Callable
     if wrong:
         raise StatedError(f"init {source} has another encoder than this run: {wrong[0]} ({len(wrong)} differ)")
     params = state.params | {"encoder": _like(weights.params["encoder"], state.params["encoder"])}
-    same_heads = found.decoder.heads == model.decoder.heads
+    same = (found.decoder.heads, found.pca_components) == (model.decoder.heads, model.pca_components)
     if "decoder" not in weights.params:
         say(f"starting from the encoder of {source}, which has no decoder; that is new")
-    elif same_heads and not _differing(weights.params["decoder"], state.params["decoder"]):
-        params |= {"decoder": _like(weights.params["decoder"], state.params["decoder"])}
+    elif same and not _differing(weights.params["decoder"], state.params["decoder"]):
+        carried = ("decoder",) if model.pca_components is None else ("decoder", "target")
+        params |= {name: _like(weights.params[name], state.params[name]) for name in carried}
         say(f"starting from the encoder and the decoder of {source}")
     else:
         say(f"starting from the encoder of {source}; its decoder is another one: that is new")

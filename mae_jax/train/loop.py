@@ -28,6 +28,7 @@ from mae_jax.train.engines import Engine
 from mae_jax.train.hosts import Hosts
 from mae_jax.train.initial import start_from
 from mae_jax.train.metrics import RunLog, SilentLog
+from mae_jax.train.pca import with_fitted_target
 from mae_jax.train.signals import StopRequest
 from mae_jax.train.steps import Batch, Metrics, Params, TrainState, init_state
 from mae_jax.train.workdir import find_checkpoint
@@ -69,9 +70,11 @@ def pretrain(config: PretrainConfig, hosts: Hosts = ALONE) -> Finished:
             shapes, engine.layout(shapes), warn=lambda text: print(f"WARNING: {text}", flush=True)
         )
         if state is None:
+            say = print if hosts.first else lambda text: None
             state = engine.begin(lambda: init_state(config))
+            state = with_fitted_target(state, config, source, hosts, say)
             if config.init is not None:
-                state = start_from(config.init, state, config.model, say=print if hosts.first else lambda text: None)
+                state = start_from(config.init, state, config.model, say)
         start = int(state.step)
         log: RunLog | SilentLog = RunLog(workdir, start, length.steps) if hosts.first else SilentLog(hosts.index)
         stack.enter_context(log)

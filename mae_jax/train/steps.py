@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt, UInt8
 
 from mae_jax import rng
 from mae_jax.config import AugmentConfig, PretrainConfig, wide
-from mae_jax.models.mae import MaskedAutoencoder, Output
+from mae_jax.models.mae import MaskedAutoencoder, Output, trained
 from mae_jax.train.crops import crop_images
 from mae_jax.train.optimizers import adamw_direction, learning_rate
 
@@ -83,6 +83,13 @@ def loss_and_gradients(
     return jax.tree.map(lambda x: x / accumulate, total)
 
 
+def keep_fixed(new: Params, old: Params) -> Params:
+    """The new parameters, with the old values of those that are not trained."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, n, o: n if trained(tuple(key.key for key in path)) else o, new, old
+    )
+
+
 def init_state(config: PretrainConfig) -> TrainState:
     """The state before the first step; depends on the configuration and its seed alone."""
     model = config.model
@@ -118,9 +125,11 @@ def make_step(config: PretrainConfig, *, steps_per_epoch: float, epochs: float, 
         rate = learning_rate(epoch, config.optim, batch_size=config.batch_size, epochs=epochs)
         updates, optimizer = direction.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, state.params, updates)
+        params = keep_fixed(params, state.params)
         average = state.average
         if config.optim.ema_decay is not None:
             average = optax.incremental_update(params, average, step_size=1 - config.optim.ema_decay)
+            average = keep_fixed(average, params)
         metrics = Metrics(loss=loss, grad_norm=optax.tree.norm(grads), learning_rate=rate)
         return TrainState(state.step + 1, params, optimizer, average), metrics
 
