@@ -89,14 +89,14 @@ def pretrain(args: Sequence[str], prog: str) -> int:
 
 def finetune(args: Sequence[str], prog: str) -> int:
     """Fine-tune an encoder with a head: mae-jax finetune PRESET --init RUN_OR_CHECKPOINT [--eval-only]."""
-    from mae_jax.transfer_presets import FINETUNE
+    from mae_jax.presets import FINETUNE
 
     return _transfer(args, prog, FINETUNE)
 
 
 def probe(args: Sequence[str], prog: str) -> int:
     """Train linear heads on a frozen encoder: mae-jax probe PRESET --init RUN_OR_CHECKPOINT [--sweep RATES]."""
-    from mae_jax.transfer_presets import PROBE
+    from mae_jax.presets import PROBE
 
     return _transfer(args, prog, PROBE)
 

@@ -91,6 +91,7 @@ class ModelConfig:
     masking: Masking = "random"  # Table 1f
     mask_ratio: float = 0.75
     norm_pix_loss: bool = False  # predict pixels normalised inside each patch (Table 1d)
+    pca_components: int | None = None  # predict so many principal components of each patch (Table 1d: 96)
     loss_on: Literal["hidden", "all"] = "hidden"
     encoder_mask_tokens: bool = False  # the encoder sees mask tokens, Table 1c's ablation
     dtype: Dtype = "float32"  # of matrix products; float64 makes everything float64, parameters included
@@ -120,10 +121,25 @@ class ModelConfig:
                 )
         if self.norm_pix_loss and self.patch_dim < 2:
             raise ValueError(f"norm_pix_loss needs 2 values in a patch or more, patch_size {self.patch_size} gives 1")
+        if self.pca_components is not None:
+            self._check_pca()
         if self.masking == "block" and self.num_patches < 4:
             raise ValueError(f"masking block needs 4 patches or more, this model has {self.num_patches}")
         if self.masking == "grid":
             self._check_grid_masking()
+
+    def _check_pca(self) -> None:
+        if self.norm_pix_loss:
+            raise ValueError(
+                f"pca_components {self.pca_components} needs norm_pix_loss False: components are of plain pixels"
+            )
+        _require_whole(self, "pca_components")
+        assert self.pca_components is not None
+        if self.pca_components > self.patch_dim:
+            raise ValueError(
+                f"pca_components {self.pca_components} is more than the {self.patch_dim} values of a patch "
+                f"(patch_size {self.patch_size}, in_channels {self.in_channels})"
+            )
 
     def _check_grid_masking(self) -> None:
         stride = self.grid_stride
@@ -164,6 +180,11 @@ class ModelConfig:
     def patch_dim(self) -> int:
         """P: values in one patch, all channels."""
         return self.patch_hw[0] * self.patch_hw[1] * self.in_channels
+
+    @property
+    def target_dim(self) -> int:
+        """Values that the decoder predicts of a patch."""
+        return self.pca_components or self.patch_dim
 
     @property
     def keep(self) -> int:

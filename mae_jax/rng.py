@@ -26,6 +26,7 @@ STREAMS = {
     "erase": 9,
     "drop_path": 10,
     "head": 11,
+    "target": 12,
 }
 
 # Positions are 32-bit on the device; 1,600 epochs of ImageNet are 2.05e9 examples.

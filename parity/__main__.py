@@ -40,14 +40,14 @@ def compare(arguments: Arguments, precision: "Precision") -> "Report":
     import jax
     import torch
 
-    from parity.models import SMALL, SQUARE
+    from parity.models import SMALL, SQUARE, TARGETS
     from parity.peers import run as run_peer
     from parity.reference import Reference
     from parity.report import COLUMNS, Report, line, rows
     from parity.stages import run
 
     model = arguments.model or ("tiny" if arguments.peer is None else "tiny_square")
-    batch_size = arguments.batch_size or (4 if model in SMALL | SQUARE else 2)
+    batch_size = arguments.batch_size or (4 if model in SMALL | TARGETS | SQUARE else 2)
     reference = Reference(MODELS[model], precision, arguments.seed, batch_size)
     versions = {"jax": jax.__version__, "flax": flax.__version__, "torch": torch.__version__}
     device = jax.local_devices()[0].device_kind

@@ -1,4 +1,4 @@
-"""The models that can be compared by name: two small ones beside the published sizes."""
+"""The models that can be compared by name: small ones beside the published sizes."""
 
 from mae_jax import config
 from mae_jax.config import ModelConfig, TransformerConfig
@@ -26,6 +26,16 @@ SMALL = {
         encoder_mask_tokens=True,
     ),
 }
+TARGETS = {
+    # Table 1d's other target.
+    "tiny_pca": ModelConfig(
+        image_size=(32, 24),
+        patch_size=(8, 4),
+        encoder=TransformerConfig(width=32, depth=1, heads=2),
+        decoder=TransformerConfig(width=24, depth=1, heads=3),
+        pca_components=24,
+    ),
+}
 SQUARE = {
     # Of a shape that every other library has.
     "tiny_square": ModelConfig(
@@ -36,4 +46,4 @@ SQUARE = {
         norm_pix_loss=True,
     ),
 }
-MODELS = SMALL | SQUARE | config.MODELS
+MODELS = SMALL | TARGETS | SQUARE | config.MODELS

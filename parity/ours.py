@@ -13,6 +13,7 @@ import optax
 from mae_jax.models import mae
 from mae_jax.port.keys import Params, Tensors, from_fair, to_fair
 from mae_jax.train import engines, objective, optimizers, pretraining, steps
+from mae_jax.train.selection import merge, select
 from parity.reference import EPOCHS, STEPS, STEPS_PER_EPOCH, Reference
 
 
@@ -66,7 +67,8 @@ class Ours:
         """The state before the first update."""
         # A copy: the step takes its state's memory, and these weights are still needed.
         params = jax.tree.map(jnp.copy, params)
-        optimizer = optimizers.adamw_direction(self.run_config.optim).init(params)
+        trained = select(params, mae.trained)
+        optimizer = optimizers.adamw_direction(self.run_config.optim).init(trained)
         return steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer, average=None)
 
     def drawn_noise(self) -> np.ndarray:
@@ -111,6 +113,7 @@ class Ours:
             metrics.append(jax.device_get(measured))
             if step == 0:
                 moments = optax.tree_utils.tree_get(state.optimizer, "mu")
-                moments = to_fair(jax.device_get(moments), self.config)
+                fixed = jax.tree.map(np.zeros_like, jax.device_get(state.params))
+                moments = to_fair(merge(fixed, jax.device_get(moments)), self.config)
                 gradients = {name: m / (1 - self.run_config.optim.beta1) for name, m in moments.items()}
         return gradients, metrics, to_fair(jax.device_get(state.params), self.config)

@@ -67,9 +67,18 @@ class Reference:
         self.noise = self._noise()
 
         self.model = torch_mae.MaskedAutoencoder(self.config).to(getattr(torch, precision))
-        weights = draw_weights(self.model, generator)
+        weights = draw_weights(self.model, generator) | self._fitted()
         self.model.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
-        self.weights = {name: p.detach().numpy() for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().numpy() for name, p in (trained | dict(self.model.named_buffers())).items()}
+
+    def _fitted(self) -> Tensors:
+        """A PCA target's basis of the run's own images, where there is such a target."""
+        if self.config.pca_components is None:
+            return {}
+        patches = torch_mae.patchify(self.images.flatten(0, 1), self.config.patch_hw).flatten(0, 1)
+        mean, basis = torch_mae.principal_components(patches, self.config.pca_components)
+        return {"target.mean": mean.numpy(), "target.basis": basis.numpy()}
 
     def _noise(self) -> np.ndarray:
         """The noise of every step (steps, B, L), each example's row drawn alone."""

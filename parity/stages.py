@@ -22,6 +22,7 @@ from parity.compare import Pair, Result, compare
 from parity.mixed_precision import mixed_precision
 from parity.ours import Ours
 from parity.reference import Reference
+from parity.tolerances import Kind
 from parity.transfer import classifier, drop_path, finetuning, layer_decay, probing, targets
 from parity.updates import gradients, gradients_on_devices, learning_rate, parameter_groups, training, update
 
@@ -202,14 +203,22 @@ def prediction(ours: Ours, reference: Reference) -> Pairs:
 
 
 def target(ours: Ours, reference: Reference) -> Pairs:
-    """What is to be predicted, plain and normalised."""
+    """What is to be predicted: plain, normalised, and principal coefficients in the reference's basis."""
+    plain = replace(ours.config, norm_pix_loss=False, pca_components=None)
+    cut = patches.patchify(ours.images, plain.patch_hw)
     for normalised in (False, True):
-        config = replace(ours.config, norm_pix_loss=normalised)
-        cut = patches.patchify(ours.images, config.patch_hw)
+        config = replace(plain, norm_pix_loss=normalised)
         made = mae.MaskedAutoencoder(config).apply({}, cut, method="target")
         theirs = torch_mae.prediction_target(config, reference.images[0])
         yield Pair("target", f"normalised {normalised}", made, theirs, "stage")
-    yield Pair("target", "whole pass", ours.forward[0].target, reference.stages["target"], "stage")
+    config, their_cut = replace(plain, pca_components=min(8, plain.patch_dim)), torch.from_numpy(np.array(cut))
+    module = torch_mae.PrincipalComponents(config.patch_dim, config.target_dim)
+    module.mean, module.basis = torch_mae.principal_components(their_cut.flatten(0, 1), config.target_dim)
+    basis = {name: jnp.asarray(values.numpy()) for name, values in module.named_buffers()}
+    made = mae.MaskedAutoencoder(config).apply({"params": {"target": basis}}, cut, method="target")
+    yield Pair("target", f"{config.target_dim} principal components", made, module(their_cut), "product")
+    kind: Kind = "stage" if ours.config.pca_components is None else "product"
+    yield Pair("target", "whole pass", ours.forward[0].target, reference.stages["target"], kind)
 
 
 def loss(ours: Ours, reference: Reference) -> Pairs:

@@ -219,6 +219,30 @@ class PatchEmbed(nn.Module):
 # --- target ------------------------------------------------------------------------------------------------------
 
 
+def principal_components(
+    patches: Float[Tensor, "N P"], count: int
+) -> tuple[Float[Tensor, " P"], Float[Tensor, "P count"]]:
+    """Mean of patches, and the directions in which they vary most (Table 1d)."""
+    mean = patches.mean(dim=0)
+    directions = torch.linalg.svd(patches - mean, full_matrices=False).Vh
+    return mean, directions[:count].T.contiguous()
+
+
+class PrincipalComponents(nn.Module):
+    """Patches to coefficients: the basis is fitted beforehand, and never trained."""
+
+    mean: Float[Tensor, " P"]
+    basis: Float[Tensor, "P count"]
+
+    def __init__(self, values: int, count: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(values))
+        self.register_buffer("basis", torch.zeros(values, count))
+
+    def forward(self, patches: Float[Tensor, "B L P"]) -> Float[Tensor, "B L count"]:
+        return (patches - self.mean) @ self.basis
+
+
 def prediction_target(config: ModelConfig, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L P"]:
     """Pixels of each patch, or pixels normalised inside it: unbiased variance (Table 1d)."""
     target = patchify(images, config.patch_hw)
@@ -254,7 +278,9 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pos_embed = nn.Parameter(positions(config, d), requires_grad=learned)
         self.decoder_blocks = nn.ModuleList([Block(config.decoder) for _ in range(config.decoder.depth)])
         self.decoder_norm = nn.LayerNorm(d, eps=EPS)
-        self.decoder_pred = nn.Linear(d, config.patch_dim)
+        self.decoder_pred = nn.Linear(d, config.target_dim)
+        if config.pca_components is not None:
+            self.target = PrincipalComponents(config.patch_dim, config.pca_components)
 
     def forward(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]) -> Output:
         stages: dict[str, Tensor] = {}
@@ -268,6 +294,8 @@ class MaskedAutoencoder(nn.Module):
         latent = self.encode(images, ids_keep, mask, stages)
         pred = self.decode(latent, ids_restore, stages)
         target = prediction_target(self.config, images)
+        if self.config.pca_components is not None:
+            target = self.target(target)
         loss = self.loss(pred, target, mask)
         stages |= {"pred": pred, "target": target, "loss": loss}
         return Output(loss, pred, target, mask, ids_restore, latent, stages)

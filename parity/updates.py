@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax.models import mae
 from mae_jax.port.keys import Params, entries, from_fair, to_fair
 from mae_jax.train import optimizers
 from parity import torch_train
@@ -71,6 +72,7 @@ def update(ours: Ours, reference: Reference) -> Pairs:
     }
 
     direction = optimizers.adamw_direction(optim)
+    trained = {name: part for name, part in ours.params.items() if mae.trained((name,))}
 
     def updated(params: Params, gradients: list[Params]) -> Params:
         state = direction.init(params)
@@ -80,7 +82,7 @@ def update(ours: Ours, reference: Reference) -> Pairs:
         return params
 
     both = [from_fair(values, ours.config) for values in (first, second)]
-    updated_params = to_fair(jax.jit(updated)(ours.params, both), ours.config)
+    updated_params = to_fair(jax.jit(updated)(trained, both), ours.config)
     theirs = torch_train.updated(reference.model, optim, [first, second])
     for name in first:
         yield Pair("AdamW update", name, updated_params[name], theirs[name], "stage")
@@ -101,6 +103,8 @@ def training(ours: Ours, reference: Reference) -> Pairs:
     for name in reference.gradients:
         ours_final, theirs = (_without_key_bias(name, values[name]) for values in (final, reference.run.final))
         yield Pair("training run", name, ours_final, theirs, "training")
+    for name in reference.weights.keys() - reference.gradients.keys():
+        yield Pair("training run", f"{name}, not trained", final[name], reference.weights[name], "exact")
 
 
 def _without_key_bias(name: str, values: np.ndarray) -> np.ndarray:

@@ -63,6 +63,15 @@ REFUSED = {
         lambda: ModelConfig(image_size=8, patch_size=1, in_channels=1, norm_pix_loss=True),
         ("norm_pix_loss", "patch_size 1"),
     ),
+    "components of normalised patches": (
+        lambda: ModelConfig(norm_pix_loss=True, pca_components=96),
+        ("pca_components 96", "norm_pix_loss False"),
+    ),
+    "no component": (lambda: ModelConfig(pca_components=0), ("pca_components 0", "1 or more")),
+    "more components than values": (
+        lambda: ModelConfig(pca_components=769),
+        ("pca_components 769", "768 values", "patch_size 16", "in_channels 3"),
+    ),
     "block on few patches": (
         lambda: ModelConfig(image_size=(16, 48), masking="block", mask_ratio=0.5),
         ("masking block", "3"),

@@ -14,7 +14,7 @@ from mae_jax.config import MODELS, ModelConfig, TransformerConfig
 from parity import __main__ as command
 from parity import compare, tolerances
 from parity.compare import Pair
-from parity.models import SMALL
+from parity.models import SMALL, TARGETS
 from parity.reference import Reference
 from parity.stages import STAGES, run
 
@@ -45,9 +45,9 @@ def small_and_quick():
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SMALL | TARGETS)
 def test_every_stage_agrees(name, precision):
-    results = [result for stage in run(Reference(SMALL[name], precision)) for result in stage]
+    results = [result for stage in run(Reference((SMALL | TARGETS)[name], precision)) for result in stage]
     assert [result for result in results if not result.passed] == []
     assert {"noise", "mixed precision", "gradient decoder_pred", "training run"} <= {r.stage for r in results}
 

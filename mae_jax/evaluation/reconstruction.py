@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mae_jax import rng
 from mae_jax.config import AugmentConfig, ModelConfig, wide
-from mae_jax.models.losses import patch_statistics
+from mae_jax.models.losses import from_coefficients, patch_statistics
 from mae_jax.models.mae import MaskedAutoencoder, Output
 from mae_jax.models.masking import Noise
 from mae_jax.models.patches import patchify, unpatchify
@@ -51,6 +51,8 @@ def _columns(params: Params, images: Bytes, noise: Noise, model: ModelConfig, au
 
     grey = patchify(jnp.broadcast_to((HIDDEN_GREY - mean) / std, pixels.shape), model.patch_hw)
     restored = [output.pred]
+    if model.pca_components is not None:
+        restored = [from_coefficients(output.pred, **params["target"])]
     if model.norm_pix_loss:
         centre, deviation = patch_statistics(patches)
         restored.append(output.pred * deviation + centre)
@@ -71,8 +73,9 @@ def reconstruct(
 ) -> list[View]:
     """Original, masked, reconstruction, and the reconstruction with the visible patches pasted in.
 
-    A model of normalised pixels predicts no brightness: its raw prediction is shown as it is, and once more with the
-    true mean and deviation of each patch, which the caption marks with a star.
+    Principal coefficients are turned back into pixels. A model of normalised pixels predicts no brightness: its raw
+    prediction is shown as it is, and once more with the true mean and deviation of each patch, which the caption marks
+    with a star.
     """
     columns = _columns(params, jnp.asarray(images), noise, model, augment)
     return [View(*pair) for pair in zip(CAPTIONS[model.norm_pix_loss], map(np.asarray, columns), strict=True)]

@@ -22,7 +22,7 @@ def forward_flops(config: ModelConfig) -> int:
     ends = (
         config.num_patches * config.patch_dim * width
         + seen * width * decoder_width
-        + config.num_patches * decoder_width * config.patch_dim
+        + config.num_patches * decoder_width * config.target_dim
     )
     return 2 * ends + stack_flops(config.encoder, seen) + stack_flops(config.decoder, full)
 

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Patches = Float[Array, "batch patches values"]
+Coefficients = Float[Array, "batch patches components"]
+Predicted = Float[Array, "batch patches predicted"]  # pixels of each patch, or principal coefficients
 
 # Inside the root, as in the paper's code; patches of one colour stay finite.
 TARGET_EPS = 1e-6
@@ -22,6 +24,20 @@ def normalise_patches(patches: Patches) -> Patches:
     return (patches - mean) / deviation
 
 
-def patch_errors(pred: Patches, target: Patches) -> Float[Array, "batch patches"]:
+def principal_coefficients(
+    patches: Patches, mean: Float[Array, " values"], basis: Float[Array, "values components"]
+) -> Coefficients:
+    """Each patch in an orthonormal basis, about the mean."""
+    return jnp.matmul(patches - mean, basis, precision="highest")
+
+
+def from_coefficients(
+    coefficients: Coefficients, mean: Float[Array, " values"], basis: Float[Array, "values components"]
+) -> Patches:
+    """The patches that have these coefficients, and nothing outside the basis."""
+    return jnp.matmul(coefficients, basis.T, precision="highest") + mean
+
+
+def patch_errors(pred: Predicted, target: Predicted) -> Float[Array, "batch patches"]:
     """Squared error, averaged inside each patch."""
     return jnp.square(pred - target).mean(axis=-1)

@@ -18,7 +18,14 @@ from jaxtyping import Array, Float, Int
 
 from mae_jax.config import ModelConfig, wide
 from mae_jax.models.layers import Dense, LayerNorm, Tokens, block_class
-from mae_jax.models.losses import Patches, normalise_patches, patch_errors
+from mae_jax.models.losses import (
+    Coefficients,
+    Patches,
+    Predicted,
+    normalise_patches,
+    patch_errors,
+    principal_coefficients,
+)
 from mae_jax.models.masking import Ids, Mask, Noise, make_mask
 from mae_jax.models.patches import patchify
 from mae_jax.models.positions import fixed_positions
@@ -38,8 +45,8 @@ class Output(NamedTuple):
     """
 
     loss: Float[Array, ""]
-    pred: Patches
-    target: Patches
+    pred: Predicted
+    target: Predicted
     mask: Float[Array, "batch patches"]
     ids_restore: Ids
     latent: Tokens
@@ -48,6 +55,11 @@ class Output(NamedTuple):
 def pick(rows: Float[Array, "batch rows values"], ids: Int[Array, "batch ids"]) -> Float[Array, "batch ids values"]:
     """The rows of each example that its ids name."""
     return jnp.take_along_axis(rows, ids[..., None], axis=1, mode="promise_in_bounds")
+
+
+def trained(path: tuple[str, ...]) -> bool:
+    """Whether the parameter of this path is trained: all are, but the basis of a PCA target."""
+    return path[0] != "target"
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
@@ -113,7 +125,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Projection to its own width, mask tokens for the hidden patches, blocks, LayerNorm, prediction of pixels."""
+    """Projection to its own width, mask tokens for the hidden patches, blocks, LayerNorm, prediction."""
 
     config: ModelConfig
 
@@ -125,7 +137,7 @@ class Decoder(nn.Module):
         self.position_table = positions(self, config, stack.width)
         self.block = [block_class(config.remat)(stack, config.dtype) for _ in range(stack.depth)]
         self.norm = LayerNorm(config.dtype)
-        self.pred = Dense(config.patch_dim, config.dtype)
+        self.pred = Dense(config.target_dim, config.dtype)
 
     def embed(self, latent: Latent, mask: Mask) -> Tokens:
         """The encoder's tokens and the mask tokens, with positions, in the order of ids_shuffle, class token first."""
@@ -144,12 +156,12 @@ class Decoder(nn.Module):
             x = block(x, 0)
         return x
 
-    def predict(self, tokens: Tokens, since: int = 0) -> Patches:
-        """The last block and the pixels of the patches from `since` on, in the order of ids_shuffle."""
+    def predict(self, tokens: Tokens, since: int = 0) -> Predicted:
+        """The last block and the prediction of the patches from `since` on, in the order of ids_shuffle."""
         return self.pixels(self.block[-1](tokens, since + int(self.config.class_token)))
 
-    def pixels(self, tokens: Tokens) -> Patches:
-        """Tokens after the last block to pixels."""
+    def pixels(self, tokens: Tokens) -> Predicted:
+        """Tokens after the last block to pixels, or whatever else is the target."""
         return self.pred(self.norm(tokens)).astype(wide(self.config.dtype))
 
 
@@ -185,6 +197,24 @@ def everything_visible(
     return patches, Mask(ids, ids, jnp.zeros(ids.shape))
 
 
+class PrincipalComponents(nn.Module):
+    """Patches to their largest principal coefficients (He et al. 2021, Table 1d).
+
+    Mean and basis are parameters that are not trained. `init` leaves them without a number, so that a loss has none
+    either: they are to be fitted to the patches of the data (mae_jax/train/pca.py).
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, patches: Patches) -> Coefficients:
+        config, unfitted = self.config, nn.initializers.constant(jnp.nan)
+        assert config.pca_components is not None
+        mean = self.param("mean", unfitted, (config.patch_dim,), wide(config.dtype))
+        basis = self.param("basis", unfitted, (config.patch_dim, config.pca_components), wide(config.dtype))
+        return principal_coefficients(patches, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(basis))
+
+
 class MaskedAutoencoder(nn.Module):
     """Images and mask noise to a loss and all that led to it.
 
@@ -196,6 +226,8 @@ class MaskedAutoencoder(nn.Module):
     def setup(self) -> None:
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
+        if self.config.pca_components is not None:
+            self.components = PrincipalComponents(self.config, name="target")
 
     def __call__(self, images: Float[Array, "batch height width channels"], noise: Noise) -> Output:
         """Normalised images, and noise of one row of L values an example, to `Output`.
@@ -231,8 +263,10 @@ class MaskedAutoencoder(nn.Module):
         """The encoder's tokens with every patch visible: class token first, then the patches in image order."""
         return self.encoder(*everything_visible(images, self.config))
 
-    def target(self, patches: Patches) -> Patches:
-        """What is to be predicted: pixels, or pixels normalised inside each patch."""
+    def target(self, patches: Patches) -> Predicted:
+        """What is to be predicted: pixels, pixels normalised inside each patch, or principal coefficients."""
+        if self.config.pca_components is not None:
+            return self.components(patches)
         return normalise_patches(patches) if self.config.norm_pix_loss else patches
 
     def in_image_order(self, tokens: Tokens, mask: Mask) -> Tokens:

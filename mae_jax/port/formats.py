@@ -63,6 +63,11 @@ def _reasons(config: Config, to: Format, part: Part) -> Iterator[str]:
         return
     if to == "jax":
         return
+    if model.pca_components is not None and part == "all" and to != "timm":
+        yield (
+            f"pca_components {model.pca_components}, and its decoder predicts pixels "
+            "(--part encoder leaves the decoder out)"
+        )
     if model.encoder_mask_tokens and part == "all" and to != "timm":
         yield "encoder_mask_tokens True, and its encoder takes no mask tokens (--part encoder leaves them out)"
     if to == "timm":

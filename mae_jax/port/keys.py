@@ -66,6 +66,13 @@ def entries(config: Config, part: Part = "all") -> Iterator[Entry]:
         yield from _decoder(config)
 
 
+def fitted_entries(config: Config, part: Part = "all") -> Iterator[Entry]:
+    """The same of a PCA target, which is fitted to data before training; no PyTorch library knows it."""
+    if isinstance(config, ModelConfig) and part == "all" and config.pca_components is not None:
+        yield Entry("target.mean", ("target", "mean"), (config.patch_dim,))
+        yield Entry("target.basis", ("target", "basis"), (config.patch_dim, config.pca_components))
+
+
 def _encoder(config: ModelConfig, norm: bool) -> Iterator[Entry]:
     stack, D = config.encoder, config.encoder.width
     yield Entry("patch_embed.proj.weight", ("encoder", "patch_embed", "kernel"),
@@ -93,7 +100,7 @@ def _decoder(config: ModelConfig) -> Iterator[Entry]:
     for i in range(stack.depth):
         yield from _block(f"decoder_blocks.{i}", ("decoder", f"block_{i}"), stack)
     yield from _norm("decoder_norm", ("decoder", "norm"), d)
-    yield from _dense("decoder_pred", ("decoder", "pred"), d, config.patch_dim)
+    yield from _dense("decoder_pred", ("decoder", "pred"), d, config.target_dim)
 
 
 def _block(key: str, path: tuple[str, ...], config: TransformerConfig) -> Iterator[Entry]:
@@ -131,10 +138,11 @@ def frozen_tables(config: Config, part: Part = "all") -> dict[str, Float[np.ndar
 
 
 def shapes(config: Config, part: Part = "all") -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The shape of each tensor that has to be there, and of each frozen table, which may be."""
+    """The shape of each tensor that has to be there, and of each that is not trained, which may be."""
     return (
         {entry.key: entry.shape for entry in entries(config, part)},
-        {key: table.shape for key, table in frozen_tables(config, part).items()},
+        {key: table.shape for key, table in frozen_tables(config, part).items()}
+        | {entry.key: entry.shape for entry in fitted_entries(config, part)},
     )
 
 
@@ -176,7 +184,8 @@ def from_fair(tensors: Mapping[str, np.ndarray], config: Config, part: Part = "a
         raise ValueError("the tensors do not fit the configuration: " + "; ".join(faults))
 
     params: Params = {}
-    for entry in entries(config, part):
+    fitted = (entry for entry in fitted_entries(config, part) if entry.key in tensors)
+    for entry in (*entries(config, part), *fitted):
         *parents, leaf = entry.path
         node = params
         for name in parents:
@@ -192,7 +201,7 @@ def to_fair(params: Mapping[str, Any], config: Config, part: Part = "all") -> Te
       ValueError: parameters are missing, unknown or wrongly shaped; all are listed.
     """
     leaves = dict(_leaves({"encoder": params.get("encoder", {})} if part == "encoder" else params))
-    table = list(entries(config, part))
+    table = [*entries(config, part), *(entry for entry in fitted_entries(config, part) if entry.path in leaves)]
     faults = [f"{'/'.join(path)} is unknown" for path in leaves.keys() - {entry.path for entry in table}]
     tensors = {}
     for entry in table:

@@ -25,8 +25,9 @@ Say = Callable[[str], None]
 def start_from(source: str, state: TrainState, config: RunConfig, say: Say, whole: bool = False) -> TrainState:
     """The state before the first step with the weights of `source`, wherever its arrays lie.
 
-    A decoder or a head that the source does not have, or has in another size, stays random, unless the `whole` is
-    asked for; positions are fitted to the image.
+    A decoder or a head that the source does not have, or has in another size or for another target, stays random,
+    unless the `whole` is asked for; positions are fitted to the image. With a decoder of principal coefficients comes
+    the basis that they are in.
 
     Raises:
       StatedError: there are no such weights, or their encoder is another one.
@@ -107,12 +108,14 @@ def _encoder(given: Params, wanted: Params, source: str, say: Say) -> Params:
 
 
 def _decoder(weights: Weights, model: ModelConfig, params: Params, source: str, say: Say) -> Params:
-    same_heads = encoder_config(weights.config).decoder.heads == model.decoder.heads
+    found = encoder_config(weights.config)
+    same = (found.decoder.heads, found.pca_components) == (model.decoder.heads, model.pca_components)
     if "decoder" not in weights.params:
         say(f"starting from the encoder of {source}, which has no decoder; that is new")
-    elif same_heads and not _differing(weights.params["decoder"], params["decoder"]):
+    elif same and not _differing(weights.params["decoder"], params["decoder"]):
         say(f"starting from the encoder and the decoder of {source}")
-        return {"decoder": _like(weights.params["decoder"], params["decoder"])}
+        carried = ("decoder",) if model.pca_components is None else ("decoder", "target")
+        return {name: _like(weights.params[name], params[name]) for name in carried}
     else:
         say(f"starting from the encoder of {source}; its decoder is another one: that is new")
     return {}

@@ -24,7 +24,7 @@ from mae_jax.train.build import Length, build_engine, run_length, state_shapes
 from mae_jax.train.checkpoint import Checkpoints
 from mae_jax.train.engines import Engine
 from mae_jax.train.hosts import Hosts
-from mae_jax.train.initial import start_from
+from mae_jax.train.initial import Say, start_from
 from mae_jax.train.metrics import RunLog, SilentLog
 from mae_jax.train.objective import Batch, Params
 from mae_jax.train.selection import select
@@ -64,12 +64,19 @@ class Room:
 
 
 def run(
-    config: RunConfig, source: Source, hosts: Hosts, describe_data: str, make_watch: Callable[[Room], Watch]
+    config: RunConfig,
+    source: Source,
+    hosts: Hosts,
+    describe_data: str,
+    make_watch: Callable[[Room], Watch],
+    begin: Callable[[TrainState, Say], TrainState] = lambda state, say: state,
 ) -> Finished:
     """Train, or go on training, in `config.workdir`; on several hosts, each of them calls this.
 
     SIGTERM and Ctrl-C end it after the step under way, with a checkpoint. Run again with the same configuration it
     continues from the newest checkpoint, and computes bit for bit what a run never stopped computes.
+
+    begin: completes the state of a run that begins, before it is given weights to start from.
 
     Raises:
       StatedError: the run cannot start, a loss or gradient norm is not finite, too many files do not decode, or the
@@ -88,9 +95,10 @@ def run(
             shapes, engine.layout(shapes), warn=lambda text: print(f"WARNING: {text}", flush=True)
         )
         if state is None:
-            state = engine.begin(lambda: init_state(config))
+            say: Say = print if hosts.first else lambda text: None
+            state = begin(engine.begin(lambda: init_state(config)), say)
             if config.init is not None:
-                state = start_from(config.init, state, config, say=print if hosts.first else lambda text: None)
+                state = start_from(config.init, state, config, say)
         start = int(state.step)
         log: RunLog | SilentLog = RunLog(workdir, start, length.steps) if hosts.first else SilentLog(hosts.index)
         stack.enter_context(log)

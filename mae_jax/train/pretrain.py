@@ -12,6 +12,7 @@ from mae_jax.evaluation.reconstruction import draw, reconstruct, sample_noise
 from mae_jax.train.hosts import Hosts
 from mae_jax.train.loop import Finished, Room, run
 from mae_jax.train.objective import Params
+from mae_jax.train.pca import with_fitted_target
 from mae_jax.train.steps import TrainState
 
 ALONE = Hosts()
@@ -26,7 +27,14 @@ def pretrain(config: PretrainConfig, hosts: Hosts = ALONE) -> Finished:
     """
     config = dataclasses.replace(config, data=absolute(config.data))
     source = open_source(config.data, config.model.in_channels)
-    return run(config, source, hosts, f"{len(source):,} images", lambda room: Pictures(config, source, room))
+    return run(
+        config,
+        source,
+        hosts,
+        f"{len(source):,} images",
+        lambda room: Pictures(config, source, room),
+        lambda state, say: with_fitted_target(state, config, source, hosts, say),
+    )
 
 
 class Pictures:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mae_jax import rng
 from mae_jax.config import OptimConfig, PretrainConfig, wide
-from mae_jax.models.mae import MaskedAutoencoder, Output
+from mae_jax.models.mae import MaskedAutoencoder, Output, trained
 from mae_jax.models.masking import Noise
 from mae_jax.train.accumulation import mean_of_parts
 from mae_jax.train.objective import Batch, Images, Params, normalise_images
@@ -19,7 +19,7 @@ from mae_jax.train.optimizers import direction
 
 @dataclass(frozen=True)
 class Pretraining:
-    """The masked autoencoder's own loss; every parameter is trained."""
+    """The masked autoencoder's own loss; every parameter is trained but the basis of a PCA target."""
 
     config: PretrainConfig
 
@@ -32,7 +32,7 @@ class Pretraining:
         return init(rng.device_key(self.config.seed, "init"))
 
     def trained(self, path: tuple[str, ...]) -> bool:
-        return True
+        return trained(path)
 
     def direction(self, optim: OptimConfig) -> optax.GradientTransformation:
         return direction(optim)

@@ -91,7 +91,8 @@ def make_step(config: RunConfig, *, steps_per_epoch: float, epochs: float, axis_
         params = merge(state.params, trained) | replaced
         average = state.average
         if config.optim.ema_decay is not None:
-            average = optax.incremental_update(params, average, step_size=1 - config.optim.ema_decay)
+            averaged = optax.incremental_update(params, average, step_size=1 - config.optim.ema_decay)
+            average = merge(params, select(averaged, objective.trained))
         metrics = Metrics(loss=loss, grad_norm=optax.tree.norm(grads), learning_rate=rate)
         return TrainState(state.step + 1, params, optimizer, average), metrics
 

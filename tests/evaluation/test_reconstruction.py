@@ -95,6 +95,26 @@ def test_the_reconstruction_is_the_prediction_in_bytes(picture):
         assert np.abs(view.images - in_bytes(patches)).max() <= 0.51
 
 
+def test_coefficients_are_turned_back_into_pixels():
+    """Worked out in NumPy from the model's output."""
+    config = dataclasses.replace(PLAIN, in_channels=1, pca_components=3)
+    augment, noise = augment_for(1), sample_noise(0, 3, config)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 8, 12, 1), np.uint8)
+    shapes = jax.eval_shape(MaskedAutoencoder(config).init, jax.random.key(0), jnp.zeros(images.shape), noise)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.2, p.shape), p.dtype), shapes["params"])
+    mean, basis = rng.normal(0, 0.3, 16), np.linalg.qr(rng.normal(size=(16, 3)))[0]
+    params |= {"target": {"mean": jnp.asarray(mean, jnp.float32), "basis": jnp.asarray(basis, jnp.float32)}}
+    views = reconstruct(params, images, noise, config, augment)
+    assert [view.caption for view in views] == ["original", "masked", "reconstruction", "with visible"]
+
+    pixels = jnp.asarray((images / 255 - 0.4) / 0.25, jnp.float32)
+    out = jax.jit(MaskedAutoencoder(config).apply)({"params": params}, pixels, noise)
+    patches = np.asarray(out.pred, np.float64) @ basis.T + mean
+    cells = patches.reshape(3, *config.grid, 4, 4, 1).transpose(0, 1, 3, 2, 4, 5).reshape(images.shape)
+    assert np.abs(views[2].images - np.clip(cells * 0.25 + 0.4, 0, 1) * 255).max() <= 0.51
+
+
 def test_the_masks_of_the_pictures_stay_the_same():
     first = sample_noise(0, 3, PLAIN)
     np.testing.assert_array_equal(sample_noise(0, 5, PLAIN)[:3], first)

@@ -31,6 +31,7 @@ CHANGES = {
     "loss on all, normalised": {"loss_on": "all", "norm_pix_loss": True, "in_channels": 12},
     "mask tokens, 1 channel": {"encoder_mask_tokens": True, "in_channels": 1},
     "mask tokens, no class token": {"encoder_mask_tokens": True, "class_token": False, "loss_on": "all"},
+    "principal components": {"pca_components": 5},
     "bfloat16": {"dtype": "bfloat16"},
     "recomputed": {"remat": True},
 }
@@ -64,7 +65,7 @@ def test_outputs_and_the_textbook_loss(name):
     out = apply(params, images, noise)
 
     length, seen = config.num_patches, config.num_patches if config.encoder_mask_tokens else config.keep
-    assert out.pred.shape == out.target.shape == (3, length, config.patch_dim)
+    assert out.pred.shape == out.target.shape == (3, length, config.target_dim)
     assert out.mask.shape == out.ids_restore.shape == (3, length)
     assert out.latent.shape == (3, seen + config.class_token, config.encoder.width)
     assert {leaf.dtype.name for leaf in out} == {"float32", "int32"}
@@ -73,6 +74,9 @@ def test_outputs_and_the_textbook_loss(name):
     if config.norm_pix_loss:
         deviation = np.sqrt(patches.var(-1, ddof=1, keepdims=True) + 1e-6)
         patches = (patches - patches.mean(-1, keepdims=True)) / deviation
+    if config.pca_components is not None:
+        mean, basis = (np.asarray(params["target"][name], np.float64) for name in ("mean", "basis"))
+        patches = (patches - mean) @ basis
     np.testing.assert_allclose(out.target, patches, rtol=1e-5, atol=1e-5)
     mask = jax.jit(make_mask, static_argnums=1)(noise, config)
     np.testing.assert_array_equal(out.mask, mask.hidden)

@@ -212,6 +212,10 @@ def test_float64_needs_to_be_switched_on(tmp_path):
         ({"patch_size": (8, 4)}, "huggingface", "all", r"patch_size \(8, 4\) is not square"),
         ({"image_size": (32, 48)}, "lightly", "all", r"image_size \(32, 48\) is not square"),
         ({"encoder_mask_tokens": True}, "fair", "all", "encoder_mask_tokens True"),
+        *(
+            ({"pca_components": 5, "norm_pix_loss": False}, to, "all", "pca_components 5, and its decoder predicts")
+            for to in ("fair", "huggingface", "lightly", "lightly-deprecated")
+        ),
     ],
 )
 def test_what_a_format_cannot_express_is_refused(tmp_path, changes, to, part, said):
@@ -342,3 +346,20 @@ def test_the_encoder_of_a_classifier(tmp_path, to):
     )
     assert said[-1].startswith("wrote")
     assert same({"encoder": draw_params(config)["encoder"]}, read_weights(tmp_path / "there", Hints(3)).params)
+
+
+def test_a_pca_model_goes_to_jax_with_its_basis_and_its_encoder_anywhere(tmp_path):
+    config = replace(TINY, pca_components=5, norm_pix_loss=False)
+    generator = np.random.default_rng(1)
+    basis = {"mean": generator.normal(size=192), "basis": np.linalg.qr(generator.normal(size=(192, 5)))[0]}
+    params = draw_params(config) | {"target": {name: np.float32(values) for name, values in basis.items()}}
+    run = mae_jax.save_torch(params, config, tmp_path / "run", layout="jax")
+    port(str(run), tmp_path / "again", "jax")
+    found, again = reread(tmp_path / "again", "jax", config)
+    assert found == config
+    assert same(params, again)
+    with pytest.raises(StatedError, match="pca_components 5, and its decoder predicts pixels"):
+        port(str(run), tmp_path / "hf", "huggingface")
+    port(str(run), tmp_path / "hf", "huggingface", part="encoder")
+    found, again = mae_jax.load_torch(tmp_path / "hf")
+    assert same({"encoder": params["encoder"]}, again)

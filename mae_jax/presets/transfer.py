@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mae_jax.config import AugmentConfig, FinetuneConfig, MixConfig, ModelConfig, OptimConfig
-from mae_jax.presets import PRESETS
+from mae_jax.presets.pretraining import PRESETS
 
 
 def _pretrained(name: str) -> tuple[ModelConfig, AugmentConfig, str]:
