@@ -38,7 +38,7 @@ def records(run: Run, images: Path, tmp_path_factory: pytest.TempPathFactory) ->
     assert (done.returncode, done.stderr) == (0, "")
     assert "left out: " in done.stdout
     assert "broken.jpg does not decode: not an image" in done.stdout
-    assert f"60 images in 3 shards, 1 broken ones left out; read them by --data records:{folder}" in done.stdout
+    assert f"60 images, shards: 3, broken and left out: 1; read them by --data records:{folder}" in done.stdout
     return folder
 
 
