@@ -84,8 +84,11 @@ class Storage:
                     os.replace(path, self._path(name))
                 else:
                     self._fs.put_file(str(path), self._path(name))
-            except OSError as error:
-                raise StatedError(f"{self._path(name)} cannot be written: {_reason(error)}") from error
+            except StatedError:
+                raise
+            except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's for a full disk
+                reason = _reason(error) if isinstance(error, OSError) else str(error).partition(";")[0]
+                raise StatedError(f"{self._path(name)} cannot be written: {reason}") from error
             finally:
                 with suppress(FileNotFoundError):
                     path.unlink()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -290,6 +291,20 @@ def test_a_file_in_the_way_of_the_records(make_folder: Make, tmp_path: Path) -> 
             prepared(make_folder("photos", 2), tmp_path / place)
         with pytest.raises(StatedError, match=r"has no dataset\.json"):
             RecordSource(str(tmp_path / place))
+
+
+def test_a_full_disk_is_said_in_a_sentence(make_folder: Make, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(
+            StatedError, match=r"images-00000-of-00001.array_record cannot be written: .*File too large"
+        ):
+            prepared(make_folder("photos", 3), tmp_path / "records", encoding="raw", size=128)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["prepare.json"]
 
 
 def test_it_does_not_go_on_with_other_files(make_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
