@@ -373,7 +373,7 @@ def prepare(
     for line in done.broken[:20]:
         print(f"left out: {line}")
     print(
-        f"{done.records:,} images in {len(done.shards)} shards, {len(done.broken)} broken ones left out; "
+        f"{done.records:,} images, shards: {len(done.shards)}, broken and left out: {len(done.broken)}; "
         f"read them by --data records:{destination}"
     )
     return 0

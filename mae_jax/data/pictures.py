@@ -10,6 +10,7 @@ from PIL import Image
 
 from mae_jax.data.decoding import MAX_PIXELS, BrokenImage, decode
 from mae_jax.data.jpeg import decode_jpeg, plain_jpeg_size, scaled_size
+from mae_jax.data.resampling import MOST_PIXELS, resize_bicubic
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels, as Pillow counts
 
@@ -128,6 +129,8 @@ def resize_part(whole: Image.Image | np.ndarray, box: Box, image_hw: tuple[int, 
     if fast:
         return _resize_fast(to_array(whole) if isinstance(whole, Image.Image) else whole, box, image_hw)
     left, upper, right, lower = outer = _outer(box)
+    if isinstance(whole, np.ndarray) and outer == box and (right - left) * (lower - upper) <= MOST_PIXELS:
+        return resize_bicubic(whole[upper:lower, left:right], image_hw)
     part = whole.crop(outer) if isinstance(whole, Image.Image) else to_image(whole[upper:lower, left:right])
     # Between pixels only where the picture was scaled before: Pillow's `box` and a crop give the same for whole ones.
     inner = (

@@ -4,13 +4,14 @@ Worker processes decode, shrink and encode; this one writes. A shard that is com
 command that is run again goes on after the last of those. dataset.json is written when everything else is there.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -76,7 +77,7 @@ def prepare(source: Source, plan: Plan, destination: str, processes: int, tell: 
     storage = Storage(destination)
     if storage.has(MANIFEST):
         raise StatedError(f"{destination} holds prepared records already: choose another folder, or remove it")
-    _claim(storage, plan)
+    _claim(storage, asdict(plan) | {"names": _fingerprint(source)})
     finished = [number for number in range(plan.shards) if storage.has(f"{plan.shard_name(number)}.json")]
     tell(sum(_shard_images(plan, number) for number in finished))
     todo = [number for number in range(plan.shards) if number not in set(finished)]
@@ -93,22 +94,36 @@ def prepare(source: Source, plan: Plan, destination: str, processes: int, tell: 
     return _finish(storage, plan, source.class_names)
 
 
-def _claim(storage: Storage, plan: Plan) -> None:
-    """Begin in an empty folder, or go on where the same plan was begun."""
+def _claim(storage: Storage, plan: dict[str, Any]) -> None:
+    """Begin in an empty folder, or go on where the same plan was begun, for the same images."""
     if not storage.has(_PLAN):
         if found := [name for name in storage.names() if not name.endswith(".partial")]:
             raise StatedError(f"{storage.address} is not empty, it has {found[0]}: choose another folder")
         storage.make()
-        storage.write(_PLAN, json.dumps(asdict(plan)).encode())
+        storage.write(_PLAN, json.dumps(plan).encode())
         return
     before = json.loads(storage.read(_PLAN))
-    changed = [name for name, value in asdict(plan).items() if before.get(name) != value]
+    changed = [name for name, value in plan.items() if before.get(name) != value]
+    if changed == ["names"]:
+        raise StatedError(
+            f"{storage.address} was begun with other files of the same number: choose another folder, or remove it"
+        )
     if changed:
-        was, now = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, asdict(plan)))
+        was, now = (
+            ", ".join(f"{name} {values.get(name)}" for name in changed if name != "names") for values in (before, plan)
+        )
         raise StatedError(
             f"{storage.address} was begun with {was}; this command says {now}. Go on with those, or choose another "
             "folder."
         )
+
+
+def _fingerprint(source: Source) -> str:
+    """SHA-256 of what the images are called, in order."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(source.name(index).encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()
 
 
 def _shard_images(plan: Plan, number: int) -> int:

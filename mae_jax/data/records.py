@@ -11,6 +11,7 @@ image squeezed into a square; `height` and `width` then tell its true shape.
 
 import io
 import json
+import zipfile
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -71,16 +72,20 @@ def read_manifest(storage: Storage) -> Manifest:
     """
     try:
         found = json.loads(storage.read(MANIFEST))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StatedError(
             f"{storage.address} has no {MANIFEST}: it is no folder of prepared records, or `mae-jax prepare` did not "
             "end there; run it again, it goes on where it stopped"
         ) from error
     except ValueError as error:
         raise StatedError(f"{storage.address}/{MANIFEST} is damaged: {error}. Prepare the records again.") from error
-    if found.get("version") != VERSION:
-        raise StatedError(f"{storage.address}/{MANIFEST} has version {found.get('version')}, {VERSION} is read here")
-    return dacite.from_dict(Manifest, found, dacite.Config(strict=True))
+    version = found.get("version") if isinstance(found, dict) else None
+    if version != VERSION:
+        raise StatedError(f"{storage.address}/{MANIFEST} has version {version}, {VERSION} is read here")
+    try:
+        return dacite.from_dict(Manifest, found, dacite.Config(strict=True))
+    except dacite.DaciteError as error:
+        raise StatedError(f"{storage.address}/{MANIFEST} is damaged: {error}. Prepare the records again.") from error
 
 
 class RecordSource:
@@ -109,12 +114,17 @@ class RecordSource:
         try:
             with np.load(io.BytesIO(self.storage.read(INDEX))) as index:
                 self._label, self._height, self._width = index["label"], index["height"], index["width"]
-        except (OSError, KeyError, ValueError) as error:
-            raise StatedError(f"{self.storage.address}/{INDEX} cannot be read: {error}. Prepare it again.") from error
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise StatedError(
+                f"{self.storage.address}/{INDEX} cannot be read, it is missing or damaged ({type(error).__name__}): "
+                "prepare the records again"
+            ) from error
         if not len(self._label) == manifest.records > 0:
             raise StatedError(
                 f"{self.storage.address} has {manifest.records} records and {len(self._label)} labels: prepare it again"
             )
+        if self.storage.is_local:
+            _check_sizes(self.storage, manifest)  # elsewhere each is checked whole when it has been fetched
         self._names: list[str] | None = None
         self._readers: dict[int, Any] = {}
 
@@ -122,9 +132,12 @@ class RecordSource:
         return len(self._label)
 
     def name(self, index: int) -> str:
-        if self._names is None:
-            self._names = json.loads(self.storage.read(NAMES))
-        return f"{self.storage.address}[{index}] ({self._names[index]})"
+        try:
+            self._names = self._names or json.loads(self.storage.read(NAMES))
+            name = self._names[index]
+        except (OSError, ValueError, LookupError):  # asked for in reports of other faults, which must not be lost
+            name = f"{NAMES} is missing or damaged"
+        return f"{self.storage.address}[{index}] ({name})"
 
     def label(self, index: int) -> int:
         return int(self._label[index])
@@ -154,8 +167,12 @@ class RecordSource:
         data = self.file(index)
         if self.manifest.encoding != "raw":
             return open_picture(data, self._mode, f"record {index} of {self.storage.address}")
-        side = self.manifest.size
-        pixels = np.frombuffer(data, np.uint8).reshape(side, side, self.manifest.channels)
+        side, channels = self.manifest.size, self.manifest.channels
+        if len(data) != side * side * channels:
+            raise BrokenImage(
+                f"record {index} of {self.storage.address}", f"{len(data)} bytes are no {side} x {side} x {channels}"
+            )
+        pixels = np.frombuffer(data, np.uint8).reshape(side, side, channels)
         return Squeezed(pixels, (int(self._height[index]), int(self._width[index])))
 
     def load(self, index: int) -> Image.Image:
@@ -179,9 +196,21 @@ class RecordSource:
 
 
 def _split_storage(address: str, split: str) -> Storage:
-    inner = Storage(f"{address.rstrip('/')}/{split}")
+    outer = Storage(address)
+    inner = outer.within(split)
     if inner.has(MANIFEST):
         return inner
     if split != "train":
         raise NoSuchSplitError(f"data records:{address} has no split {split!r}: there is no {inner.address}/{MANIFEST}")
-    return Storage(address)
+    return outer
+
+
+def _check_sizes(storage: Storage, manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        found = storage.size(shard.file)
+        if found != shard.bytes:
+            state = "is missing" if found is None else f"has {found:,} bytes"
+            raise StatedError(
+                f"{storage.address}/{shard.file} {state}, {shard.bytes:,} were prepared: copy it again, or prepare the "
+                "records again"
+            )

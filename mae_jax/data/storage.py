@@ -1,5 +1,6 @@
 """A folder on this disk or anywhere that fsspec reaches (`gs://`, `s3://`, `memory://` ...): whole files in and out."""
 
+import copy
 import hashlib
 import os
 import tempfile
@@ -28,9 +29,22 @@ class Storage:
             raise StatedError(f"{address}: {error}") from error
         self.is_local = isinstance(self._fs, LocalFileSystem)
 
+    def within(self, folder: str) -> "Storage":
+        """A folder in this one."""
+        inner = copy.copy(self)
+        inner.address, inner._folder = f"{self.address.rstrip('/')}/{folder}", self._path(folder)
+        return inner
+
     def make(self) -> None:
-        """Make the folder, and those around it."""
-        self._fs.makedirs(self._folder, exist_ok=True)
+        """Make the folder, and those around it.
+
+        Raises:
+          StatedError: there is a file in the way, or nothing may be written there.
+        """
+        try:
+            self._fs.makedirs(self._folder, exist_ok=True)
+        except OSError as error:
+            raise StatedError(f"{self.address} cannot be made a folder: {_reason(error)}. Choose another.") from error
 
     def has(self, name: str) -> bool:
         return self._fs.exists(self._path(name))
@@ -40,6 +54,10 @@ class Storage:
         if not self._fs.isdir(self._folder):
             return []
         return [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._folder, detail=False)]
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None where there is none."""
+        return self._fs.size(self._path(name)) if self.has(name) else None
 
     def read(self, name: str) -> bytes:
         return self._fs.cat_file(self._path(name))
@@ -53,7 +71,11 @@ class Storage:
 
     @contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
-        """A path on this disk to write to; the file gets its name and place when the `with` ends without an error."""
+        """A path on this disk to write to; the file gets its name and place when the `with` ends without an error.
+
+        Raises:
+          StatedError: it cannot be written.
+        """
         with tempfile.TemporaryDirectory() as elsewhere:
             path = Path(self._folder if self.is_local else elsewhere, f".{name}.partial")
             try:
@@ -62,6 +84,11 @@ class Storage:
                     os.replace(path, self._path(name))
                 else:
                     self._fs.put_file(str(path), self._path(name))
+            except StatedError:
+                raise
+            except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's for a full disk
+                reason = _reason(error) if isinstance(error, OSError) else str(error).partition(";")[0]
+                raise StatedError(f"{self._path(name)} cannot be written: {reason}") from error
             finally:
                 with suppress(FileNotFoundError):
                     path.unlink()
@@ -96,6 +123,10 @@ class Storage:
 
     def _path(self, name: str) -> str:
         return f"{self._folder.rstrip('/')}/{name}"
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno is not None else str(error)
 
 
 def file_sha256(path: str | Path) -> str:

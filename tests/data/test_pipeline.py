@@ -325,15 +325,12 @@ def test_hosts_workers_and_resuming_give_the_same_hash(make_folder: Callable[...
     assert digest(read(source, replace(config, workers=2), 2, 5)) == digest(rest)
 
 
-@pytest.mark.extended
-@pytest.mark.parametrize("workers", [1, 4])
-def test_workers_on_hosts_give_the_same_hash(make_folder: Callable[..., Path], workers: int) -> None:
+@pytest.mark.parametrize(("workers", "hosts"), [(1, 2), (4, 1)])
+def test_workers_on_hosts_give_the_same_hash(make_folder: Callable[..., Path], workers: int, hosts: int) -> None:
     source = open_source(f"folder:{make_folder('photos', 30, broken=(3, 4, 17))}", 3)
-    for view in VIEWS.values():
-        config = replace(view, batch_size=16)
-        expected = digest(read(source, config, 0, 5))
-        for hosts in (1, 2):
-            assert digest(on_hosts(source, replace(config, workers=workers), hosts)) == expected
+    config = replace(VIEWS["device, repeats"], batch_size=16)
+    expected = digest(read(source, config, 0, 5))
+    assert digest(on_hosts(source, replace(config, workers=workers), hosts)) == expected
 
 
 def on_hosts(source: Source, config: PretrainConfig, hosts: int) -> TrainingBatch:

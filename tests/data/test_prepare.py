@@ -2,6 +2,8 @@
 
 import io
 import json
+import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from mae_jax.data.pictures import Squeezed, to_array
 from mae_jax.data.pipeline import training_batches
 from mae_jax.data.prepare import Plan, prepare
 from mae_jax.data.reading import join
-from mae_jax.data.records import INDEX, MANIFEST, RecordSource
+from mae_jax.data.records import INDEX, MANIFEST, NAMES, RecordSource
 from mae_jax.data.sources import Source, open_source
 from mae_jax.data.storage import Storage
 from mae_jax.errors import StatedError
@@ -218,7 +220,10 @@ def test_damage_is_noticed(make_folder: Make, tmp_path: Path) -> None:
     [
         (MANIFEST, b"{", "dataset.json is damaged"),
         (MANIFEST, b'{"version": 9}', "has version 9, 1 is read here"),
+        (MANIFEST, b"[]", "has version None"),
+        (MANIFEST, b'{"version": 1, "quality": 95}', "dataset.json is damaged: missing value"),
         (INDEX, b"no", "index.npz cannot be read"),
+        (INDEX, b"PK\x03\x04 cut", r"index.npz cannot be read.*BadZipFile"),
     ],
 )
 def test_damaged_descriptions(make_folder: Make, tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -254,6 +259,75 @@ def test_inspect_counts_measures_and_draws(make_folder: Make, tmp_path: Path) ->
 def test_plans_that_cannot_be(changes: dict) -> None:
     with pytest.raises(ValueError, match=str(next(iter(changes.values())))):
         Plan("digits", "train", 10, **changes)
+
+
+def test_a_shard_that_is_cut_or_missing_is_noticed_at_once(make_folder: Make, tmp_path: Path) -> None:
+    prepared(make_folder("photos", 7), tmp_path / "records")
+    shard = tmp_path / "records/images-00001-of-00002.array_record"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(StatedError, match=rf"00001-of-00002.array_record has {len(whole) - 1:,} bytes, {len(whole):,}"):
+        RecordSource(str(tmp_path / "records"))
+    shard.unlink()
+    with pytest.raises(StatedError, match=r"00001-of-00002.array_record is missing"):
+        RecordSource(str(tmp_path / "records"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}"])
+def test_images_without_names_are_still_read(make_folder: Make, tmp_path: Path, content: bytes | None) -> None:
+    source = prepared(make_folder("photos", 2), tmp_path / "records")
+    names = tmp_path / "records" / NAMES
+    names.unlink()
+    if content is not None:
+        names.write_bytes(content)
+    assert source.name(1) == f"{tmp_path}/records[1] (names.json is missing or damaged)"
+    assert source.load(1).size
+
+
+def test_a_file_in_the_way_of_the_records(make_folder: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here")
+    for place in ("file", "file/below"):
+        with pytest.raises(StatedError, match="cannot be made a folder"):
+            prepared(make_folder("photos", 2), tmp_path / place)
+        with pytest.raises(StatedError, match=r"has no dataset\.json"):
+            RecordSource(str(tmp_path / place))
+
+
+def test_a_full_disk_is_said_in_a_sentence(make_folder: Make, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(
+            StatedError, match=r"images-00000-of-00001.array_record cannot be written: .*File too large"
+        ):
+            prepared(make_folder("photos", 3), tmp_path / "records", encoding="raw", size=128)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["prepare.json"]
+
+
+def test_it_does_not_go_on_with_other_files(make_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder("photos", 7)
+    with monkeypatch.context() as patch:
+        patch.setattr("mae_jax.data.prepare._finish", lambda *arguments: pytest.fail("stopped here"))
+        with pytest.raises(pytest.fail.Exception):
+            prepared(folder, tmp_path / "records")
+    first = next(folder.rglob("000.jpg"))
+    first.rename(first.with_name("010.jpg"))
+    with pytest.raises(StatedError, match="was begun with other files of the same number"):
+        prepared(folder, tmp_path / "records")
+    first.with_name("010.jpg").rename(first)
+    assert len(prepared(folder, tmp_path / "records")) == 7
+
+
+def test_records_in_an_archive(make_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address of fsspec that is more than a prefix and a path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = prepared(make_folder("photos", 3), tmp_path / "records/train")
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path)
+    packed = open_source(f"records:zip://records::{archive}", 3)
+    assert [packed.file(i) for i in range(3)] == [source.file(i) for i in range(3)]
 
 
 def test_storage_leaves_nothing_half_written(tmp_path: Path) -> None:
