@@ -90,6 +90,7 @@ print(memory.total, status("VmHWM") - before)
 @pytest.mark.extended
 @pytest.mark.parametrize(("width", "batch"), [(256, 256), (384, 256)])
 def test_the_memory_that_is_planned_is_what_a_step_takes(width, batch):
+    """Extended since it takes steps of gigabytes: in small ones what the allocator keeps counts as much."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(width), str(batch)], capture_output=True, text=True, check=True
     )
