@@ -134,7 +134,7 @@ def plan(args: Sequence[str], prog: str) -> int:
 
     Every field of `pretrain` is a flag here too; --devices counts all devices of all hosts.
     """
-    parser = argparse.ArgumentParser(prog=prog, add_help=False)
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--memory", default="40GiB")
     parser.add_argument("--flops", type=float, default=1.5e14)
     parser.add_argument("--bandwidth", type=float, default=1e11)

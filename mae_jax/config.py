@@ -467,10 +467,11 @@ class FinetuneConfig(RunConfig):
 
 
 # Fields in which the hosts of one run may differ.
-OF_ONE_HOST = frozenset({"coordinator", "process_id", "num_processes", "workers"})
+OF_ONE_HOST = frozenset({"coordinator", "process_id", "workers"})
 
 # Fields that change where and how fast a run goes, not what it computes: they may differ when a run continues.
 OPERATIONAL = OF_ONE_HOST | {
+    "num_processes",
     "workdir",
     "engine",
     "devices",

@@ -78,6 +78,17 @@ def _release(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def _of_no_concern(unraisable: "sys.UnraisableHookArgs") -> bool:
+    """Whether it is of a read whose event loop is closed: TensorStore calls the loop, and drops what waited for it.
+
+    What waited is a coroutine of Orbax, which turns even its own end (GeneratorExit) into an error.
+    """
+    waiting = getattr(unraisable.object, "cr_code", None)
+    return str(unraisable.exc_value) == "Event loop is closed" or (
+        waiting is not None and waiting.co_filename.startswith(str(Path(ocp.__file__).parent))
+    )
+
+
 @contextlib.contextmanager
 def _quiet_threads() -> Iterator[None]:
     """The first read or write that fails is raised, and nothing is said of those beside it.
@@ -88,7 +99,7 @@ def _quiet_threads() -> Iterator[None]:
     report, late = sys.unraisablehook, []
 
     def others(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) == "Event loop is closed":
+        if _of_no_concern(unraisable):
             late.append(unraisable.exc_type)
         else:
             report(unraisable)

@@ -7,6 +7,7 @@ keeps bfloat16 as it is, needs less.
 
 import dataclasses
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -46,13 +47,12 @@ def parse_bytes(text: str) -> int:
     """`40GiB` in bytes.
 
     Raises:
-      StatedError: it is no such number.
+      StatedError: it is no such number, or not one byte.
     """
-    for unit in sorted(UNITS, key=len, reverse=True):
-        number = text.removesuffix(unit)
-        if number != text and number.replace(".", "", 1).strip().isdigit():
-            return int(float(number) * UNITS[unit])
-    raise StatedError(f"memory {text} is not a number with one of {', '.join(UNITS)}")
+    found = re.fullmatch(rf"([0-9]*\.?[0-9]+) ?({'|'.join(UNITS)})", text)
+    if found is None or not (count := int(float(found[1]) * UNITS[found[2]])):
+        raise StatedError(f"memory {text} is not a positive number with one of {', '.join(UNITS)}, such as 40GiB")
+    return count
 
 
 def show_bytes(count: float) -> str:
@@ -138,8 +138,8 @@ def paper_rows(model: ModelConfig) -> list[str]:
     ratio = training_flops(with_tokens) / training_flops(plain)
     return [
         *rows,
-        f"FLOPs with mask tokens in the encoder over without: {ratio:.2f}, of patches without the class token "
-        f"{mask_token_ratio(plain):.2f} (Table 1c, ViT-L: 3.3)",
+        f"FLOPs with mask tokens in the encoder over without: {ratio:.2f}; of patches alone, without the class token, "
+        f"{mask_token_ratio(plain):.2f} (the paper's Table 1c says 3.3 for ViT-L)",
     ]
 
 
@@ -153,8 +153,11 @@ def plan(config: PretrainConfig, memory: int, flops: float, bandwidth: float) ->
     """All of it, in lines. flops and bandwidth are a device's, a second: FLOP and bytes.
 
     Raises:
-      StatedError: the run could not start.
+      StatedError: one of them is not positive and finite, or the run could not start.
     """
+    for name, value in {"flops": flops, "bandwidth": bandwidth}.items():
+        if not 0 < value < math.inf:
+            raise StatedError(f"{name} {value} of a device must be positive and finite")
     used, engine = measure(config)
     devices, fsdp = len(engine.devices), engine.mesh.shape[SHARD]
     work = training_flops(config.model) * config.batch_size

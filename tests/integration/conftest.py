@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -43,13 +43,17 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     quick = quick_compilation(tmp_path_factory)
 
     def call(
-        *args: object, devices: int = 1, cwd: Path = ROOT, environment: Mapping[str, str] = MappingProxyType({})
+        *args: object,
+        devices: int = 1,
+        cwd: Path = ROOT,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        program: Sequence[str] = ("-m", "mae_jax.cli"),
     ) -> subprocess.Popen[str]:
         settings = {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "COLUMNS": "200",
         } | quick
-        command = [sys.executable, "-W", "error", "-m", "mae_jax.cli", *map(str, args)]
+        command = [sys.executable, "-W", "error", *program, *map(str, args)]
         return subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -18,7 +18,7 @@ def test_nothing_is_lost(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_every_engine_computes_what_one_device_computes(tmp_path_factory: pytest.TempPathFactory) -> None:
     command = [sys.executable, "scripts/compare_engines.py", "--quick"]
     environment = os.environ | quick_compilation(tmp_path_factory)

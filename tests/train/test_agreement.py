@@ -29,6 +29,7 @@ def test_one_host_agrees_with_itself(tiny, tmp_path):
 
 def test_where_hosts_may_differ(tiny):
     one, other = tiny(), tiny(workers=3, coordinator="a:1", process_id=1, num_processes=2)
+    one = dataclasses.replace(one, coordinator="b:1", process_id=0, num_processes=2)
     assert facts(one, 100) == facts(other, 100)
 
 
@@ -38,6 +39,11 @@ def test_where_hosts_may_differ(tiny):
         ({"seed": 7}, 100, "seed: 0 on host 0, 7 on host 1"),
         ({"weight_decay": 0.1}, 100, "optim.weight_decay: 0.05 on host 0, 0.1 on host 1"),
         ({"workdir": "x"}, 100, "workdir: runs/pretrain on host 0, x on host 1"),
+        (
+            {"coordinator": "a:1", "process_id": 1, "num_processes": 3},
+            100,
+            "num_processes: None on host 0, 3 on host 1",
+        ),
         ({}, 99, "images: 100 on host 0, 99 on host 1"),
     ],
 )

@@ -4,14 +4,18 @@ import contextlib
 import dataclasses
 import gc
 import shutil
+import sys
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from mae_jax.errors import StatedError
-from mae_jax.train.checkpoint import BROKEN, Checkpoints, fingerprint, load_params
+from mae_jax.train.checkpoint import BROKEN, Checkpoints, _quiet_threads, fingerprint, load_params
 from mae_jax.train.engines import pmap_engine
 from mae_jax.train.steps import make_step
 from tests.train.conftest import TINY
@@ -253,6 +257,36 @@ def test_parameters_of_a_broken_checkpoint_are_refused(run, damage, caplog):
         load_params(folder)
     gc.collect()
     assert caplog.records == []  # what failed beside the first read does not speak up later
+
+
+LEFT_BEHIND = """
+async def read(waiting):
+    try:
+        await waiting
+    except BaseException as error:  # its own end too, as Orbax does
+        raise Exception("while reading") from error
+"""
+
+
+def test_reads_that_are_left_behind_are_not_reported(monkeypatch):
+    """What Orbax waits for when its loop is closed; a coroutine of anyone else is reported as ever."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.object.cr_code))
+    files = [f"{Path(ocp.__file__).parent}/serialization.py", "elsewhere.py"]
+    with _quiet_threads():
+        for file in files:
+            scope = {}
+            exec(compile(LEFT_BEHIND, file, "exec"), scope)
+            left = scope["read"](never())
+            left.send(None)  # until it waits
+            del left
+    assert [code.co_filename for code in reported] == files[1:]
+
+
+@types.coroutine
+def never():
+    """Waits for ever."""
+    yield
 
 
 def test_a_fingerprint_sees_every_single_bit():
