@@ -114,7 +114,7 @@ def lightly_voc() -> PretrainConfig:
     mae-jax pretrain lightly_voc    (TFDS_DATA_DIR says where TensorFlow Datasets has put VOC)
     On two hosts, each with its own number: mae-jax pretrain lightly_voc --engine jit --coordinator HOST:PORT
     --num-processes 2 --process-id 0; several GPUs of one host need no flag. The batch of 256 is divided among all.
-    8.79 GFLOP an image x 5,717 x 10 = 5.0e14 FLOP. Its source, docs.lightly.ai/self-supervised-learning/examples/mae,
+    8.79 GFLOP an image x 5,717 x 10 = 5.0e14 FLOP. Its source, docs.lightly.ai/examples/mae.html,
     gives no figure. AdamW has PyTorch's defaults there.
     """
     return PretrainConfig(

@@ -65,7 +65,8 @@ def test_coefficients_and_pixels_are_scikit_learns(samples):
     with jax.enable_x64(True):
         mean, basis = jnp.asarray(fitted.mean), jnp.asarray(fitted.basis)
         coefficients = principal_coefficients(jnp.asarray(values[None]), mean, basis)
-        pixels = from_coefficients(coefficients, mean, basis)
+        pixels = np.asarray(from_coefficients(coefficients, mean, basis))
+        coefficients = np.asarray(coefficients)
     np.testing.assert_allclose(coefficients[0] * signs, reference.transform(values), atol=1e-10)
     np.testing.assert_allclose(pixels[0], reference.inverse_transform(reference.transform(values)), atol=1e-10)
 
@@ -101,12 +102,6 @@ def test_the_sample_does_not_depend_on_the_batch_but_on_the_seed(components, mon
     assert (first != seeded).any()
 
 
-def test_a_target_that_was_not_fitted_has_no_loss(components, batches):
-    config = components()
-    _, metrics = jax.jit(make_step(config, steps_per_epoch=4.0, epochs=10.0))(init_state(config), batches(1)[0])
-    assert np.isnan(metrics.loss)
-
-
 def test_the_target_has_no_gradient_and_stays(components, batches, begin):
     config = components(ema_decay=0.75, weight_decay=0.5)
     generator = np.random.default_rng(0)
@@ -115,13 +110,14 @@ def test_the_target_has_no_gradient_and_stays(components, batches, begin):
         "basis": jnp.asarray(np.linalg.qr(generator.normal(size=(4, 4)))[0][:, :3], jnp.float32),
     }
     state = begin(config)
+    unfitted = state.params
     state = state._replace(params=state.params | {"target": fitted}, average=state.average | {"target": fitted})
     images = normalise_images(batches(1)[0].images, config.augment, "float32")
     noise = jnp.asarray(generator.random((16, 16)), jnp.float32)
-    gradients = jax.jit(lambda p: loss_and_gradients(MaskedAutoencoder(config.model), p, images, noise))(state.params)[
-        1
-    ]
+    loss_of = jax.jit(lambda params: loss_and_gradients(MaskedAutoencoder(config.model), params, images, noise))
+    _, gradients = loss_of(state.params)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients["target"]))
+    assert np.isnan(loss_of(unfitted)[0])  # whoever forgets to fit it gets no number
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradients["decoder"]["pred"]))
     step, start = jax.jit(make_step(config, steps_per_epoch=1.0, epochs=10.0)), state.params
     for batch in batches(3):
@@ -132,27 +128,29 @@ def test_the_target_has_no_gradient_and_stays(components, batches, begin):
         assert (kept["decoder"]["pred"]["kernel"] != start["decoder"]["pred"]["kernel"]).any()
 
 
-def test_a_run_learns_continues_and_gives_its_basis_on(components, tmp_path, monkeypatch):
-    """On digits: the loss falls by more than predicting zero for all coefficients leaves, of 3 of 4 components."""
+def test_a_run_learns_and_gives_its_basis_on(components, tmp_path, monkeypatch):
     monkeypatch.setattr(pca, "CROPS", 512)
     config = components(
-        steps=120, base_lr=0.05, warmup_epochs=0.1, log_every=20, save_every=40, reconstruct_every=120, devices=1,
+        steps=300, base_lr=0.08, warmup_epochs=0.1, log_every=20, save_every=100, reconstruct_every=300, devices=1,
         workers=0, batch_size=32, workdir=str(tmp_path / "run"),
     )  # fmt: skip
-    pretrain(dataclasses.replace(config, steps=120))
+    pretrain(config)
+    sample = np.concatenate(list(pca.sampled_patches(config, open_source("digits", 1))))
+    fitted = pca.principal_components(iter([sample]), 3)
+    found = {step: load_params(tmp_path / "run" / "checkpoints" / str(step))[1]["target"] for step in (100, 300)}
+    jax.tree.map(np.testing.assert_array_equal, found[100], found[300])
+    np.testing.assert_array_equal(found[300]["basis"], fitted.basis.astype(np.float32))
+
+    # The loss of predicting the mean patch everywhere is the variance of the coefficients.
+    ignorant = np.square((sample - fitted.mean) @ fitted.basis).mean()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < 0.75 * losses[0]
-    found = {step: load_params(tmp_path / "run" / "checkpoints" / str(step))[1]["target"] for step in (40, 120)}
-    jax.tree.map(np.testing.assert_array_equal, found[40], found[120])
-    fitted = pca.principal_components(pca.sampled_patches(config, open_source("digits", 1)), 3)
-    np.testing.assert_array_equal(found[120]["basis"], fitted.basis.astype(np.float32))
+    assert np.mean([row["loss"] for row in rows][-5:]) < 0.8 * ignorant
 
     # A new run of other crops takes the basis that the decoder speaks; with another target it is a new decoder.
     other = dataclasses.replace(config, seed=1, init=str(tmp_path / "run"))
     said = []
     state = start_from(other.init, init_state(other), other.model, said.append)
-    np.testing.assert_array_equal(state.params["target"]["basis"], found[120]["basis"])
+    np.testing.assert_array_equal(state.params["target"]["basis"], found[300]["basis"])
     assert "decoder" in said[-1]
     plain = dataclasses.replace(other, model=dataclasses.replace(other.model, pca_components=None))
     state = start_from(other.init, init_state(plain), plain.model, said.append)
