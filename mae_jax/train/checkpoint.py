@@ -5,6 +5,7 @@ of every array, and a restored one must have the same.
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
@@ -138,6 +139,32 @@ def _abstract(tree: Tree, layout: Any) -> Tree:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Write:
+    """A write under way in the background; `failed` is told at once when it fails."""
+
+    write: Any  # of Orbax: result() waits for it
+    failed: Callable[[BaseException], None]
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self.write.result(timeout)
+        except Exception as error:
+            self.failed(error)
+            raise
+
+
+class _StateHandler(ocp.StandardCheckpointHandler):
+    """Tells of a write that fails on this host: Orbax would first wait for the others, which wait for this one."""
+
+    def __init__(self, failed: Callable[[BaseException], None]) -> None:
+        super().__init__()
+        self._failed = failed
+
+    async def async_save(self, *args: Any, **settings: Any) -> list[Any]:
+        return [_Write(write, self._failed) for write in await super().async_save(*args, **settings) or []]
+
+
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and every multiple of `keep_every` steps; or the newest alone.
 
@@ -162,8 +189,12 @@ class Checkpoints:
         policies = [checkpoint_managers.LatestN(1 if newest_only else config.keep)]
         if config.keep_every is not None and not newest_only:
             policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add("state", ocp.args.StandardSave, _StateHandler(self._give_up))
+        handlers.add(RECORD, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         self._manager = ocp.CheckpointManager(
             self.folder,
+            handler_registry=handlers,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
@@ -268,13 +299,22 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # whatever a disk makes Orbax and its layers raise
+            self._give_up(error)
             _release(error)
-            whole = [int(path.parent.name) for path in self.folder.glob(f"*/{RECORD}") if path.parent.name.isdigit()]
-            start = f"from step {max(whole)}" if whole else "from the beginning"
-            raise StatedError(
-                f"a checkpoint cannot be written into {self.folder}: {str(error).splitlines()[0][:300]}. "
-                f"Make room there, or make it writable, and run the same command again: it continues {start}."
-            ) from error
+            raise StatedError(self._why(error)) from error
+
+    def _give_up(self, error: BaseException) -> None:
+        """End this host and the others where there are any: they wait for each other inside Orbax."""
+        if self._hosts.watch is not None:
+            self._hosts.watch.give_up(self._why(error))
+
+    def _why(self, error: BaseException) -> str:
+        whole = [int(path.parent.name) for path in self.folder.glob(f"*/{RECORD}") if path.parent.name.isdigit()]
+        start = f"from step {max(whole)}" if whole else "from the beginning"
+        return (
+            f"a checkpoint cannot be written into {self.folder}: {str(error).splitlines()[0][:300]}. "
+            f"Make room there, or make it writable, and run the same command again: it continues {start}."
+        )
 
     def close(self) -> None:
         """Wait for the save under way.

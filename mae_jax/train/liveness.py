@@ -63,6 +63,12 @@ class Watch:
         except Exception as error:  # whatever the store says: this process ends with a better reason
             print(f"the other hosts could not be told: {error}", file=sys.stderr)
 
+    def give_up(self, reason: str) -> NoReturn:
+        """End this process and all others, from any thread."""
+        self.stop()
+        self.fail(reason)
+        self._end(reason)
+
     def stop(self) -> None:
         """End the thread."""
         self._over.set()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -168,6 +169,21 @@ def test_a_host_that_dies_ends_the_other_within_two_minutes(
     assert code == 1
     assert f"mae-jax: {said}" in err
     assert re.search(rf"it continues from step \d+ in {workdir}, on fewer hosts if need be", err)
+
+
+def test_one_that_cannot_write_ends_all(start: Start, tmp_path: Path) -> None:
+    """Inside Orbax they would wait for each other, until its own limit of many minutes."""
+    workdir = tmp_path / "run"
+    processes = start_hosts(start, 2, *ARGUMENTS, "--engine=fsdp", f"--workdir={workdir}")
+    wait_for(lambda: has_step(workdir, 7) or any_ended(processes))
+    hard = resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, (0, hard))
+    (code, _, err), (own_code, _, own_err) = finish(processes)
+    assert (code, own_code) == (1, 1)
+    why = f"a checkpoint cannot be written into {workdir}/checkpoints: "
+    assert f"mae-jax: {why}" in own_err
+    assert f"mae-jax: host 1 of 2 has failed: {why}" in err
+    assert "Traceback" not in err + own_err
 
 
 def test_hosts_that_differ_are_refused(start: Start, tmp_path: Path) -> None:
