@@ -23,7 +23,7 @@ from parity.mixed_precision import mixed_precision
 from parity.ours import Ours
 from parity.reference import Reference
 from parity.tolerances import Kind
-from parity.transfer import classifier, drop_path, finetuning, layer_decay, probing, targets
+from parity.transfer import TRANSFER
 from parity.updates import gradients, gradients_on_devices, learning_rate, parameter_groups, training, update
 
 Pairs = Iterator[Pair]
@@ -236,9 +236,8 @@ STAGES: dict[str, Callable[[Ours, Reference], Pairs]] = {
         decoder_input, decoder_blocks, prediction,
         target, loss, mixed_precision,
         gradients, parameter_groups, learning_rate, update, gradients_on_devices, training,
-        targets, drop_path, classifier, layer_decay, finetuning, probing,
     )
-}  # fmt: skip
+} | TRANSFER  # fmt: skip
 
 
 def run(reference: Reference, stages: Sequence[str] = ()) -> Iterator[list[Result]]:

@@ -1,6 +1,6 @@
 """What comes after pretraining: classifier, augmentation of batches, fine-tuning and linear probing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -262,3 +262,8 @@ def probing(ours: Ours, reference: Reference) -> Pairs:
     logits = classification.Classifier(transfer.classifier).apply({"params": folded}, transfer.inputs[0].images)
     with torch.no_grad():
         yield Pair(stage, "BatchNorm put into the head", logits, probe(encoder.pool(images)), "training")
+
+
+TRANSFER: dict[str, Callable[[Ours, Reference], Pairs]] = {
+    stage.__name__: stage for stage in (targets, drop_path, classifier, layer_decay, finetuning, probing)
+}

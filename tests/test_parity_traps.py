@@ -18,19 +18,23 @@ import torch
 from mae_jax import rng
 from mae_jax.config import ModelConfig, TransformerConfig, wide
 from mae_jax.models import gradients, layers, losses, mae, masking, patches, positions
-from mae_jax.train import optimizers
+from mae_jax.train import classification, mixing, optimizers
 from parity.compare import Result
 from parity.reference import STEPS_PER_EPOCH, Reference
-from parity.stages import run
+from parity.stages import STAGES, run
+from parity.transfer import TRANSFER
 
 ENCODER, DECODER = TransformerConfig(16, 1, 2), TransformerConfig(12, 1, 3)
 MODELS = {
     "paper": ModelConfig((16, 24), 4, 3, ENCODER, DECODER, norm_pix_loss=True),
     "learned": ModelConfig((16, 24), 4, 3, ENCODER, DECODER, positions="learned"),
+    "transfer": ModelConfig((8, 12), 4, 3, ENCODER, DECODER),
 }
 
 # All that comes before, and a little after, what a learned table is planted for.
 LEARNED_STAGES = ["images", "patchify", "position_tables", "noise", "masks", "encoder_input", "encoder_blocks"]
+PAPER_STAGES = [stage for stage in STAGES if stage not in TRANSFER]
+STAGES_OF = {"paper": PAPER_STAGES, "learned": LEARNED_STAGES, "transfer": list(TRANSFER)}
 
 Patch = pytest.MonkeyPatch
 
@@ -257,6 +261,48 @@ def low_loss(patch: Patch) -> None:
     patch.setattr(mae.MaskedAutoencoder, "__call__", planted)
 
 
+# --- 16 to 20: fine-tuning and probing ---------------------------------------------------------------------------
+
+
+def undivided_drop_path(patch: Patch) -> None:
+    drop = layers.drop_path
+    replace(patch, drop, lambda uniforms, rate: (drop(uniforms, rate) > 0).astype(uniforms.dtype))
+
+
+def share_as_it_was_drawn(patch: Patch) -> None:
+    """The box is cut off at an edge, and classes are mixed as if it were not."""
+    box, drawn = mixing.cutmix_box, []
+
+    def remember(share, *args):
+        drawn.append(share)
+        return box(share, *args)
+
+    def planted(images, targets, inside):
+        mixed = jnp.where(inside[:, :, None], mixing.neighbours(images), images)
+        return mixed, targets * drawn[-1] + mixing.neighbours(targets) * (1 - drawn[-1])
+
+    replace(patch, mixing.cutmix, planted)
+    replace(patch, box, remember)
+
+
+def layer_rates_from_the_head(patch: Patch) -> None:
+    """The last block at the full rate."""
+    rates = optimizers.layer_rates
+    replace(patch, rates, lambda params, depth, decay: rates(params, depth - 1, decay))
+
+
+def biased_running_variance(patch: Patch) -> None:
+    running = classification._running
+    replace(patch, running, lambda old, mean, variance, batch_size: running(old, mean, variance, 2**30))
+
+
+def statistics_of_each_device(patch: Patch) -> None:
+    def planted(self, features):
+        return features.mean(axis=0), features.var(axis=0)
+
+    patch.setattr(classification.Classification, "_moments", planted)
+
+
 @dataclass(frozen=True)
 class Trap:
     """A mistake and where it has to show; `tensor` where the stage alone does not say enough."""
@@ -300,6 +346,11 @@ TRAPS = [
     Trap(15, low_layer_norm, "mixed precision", "LayerNorm of 64 + normal"),
     Trap(15, low_softmax, "mixed precision", "softmax of large scores"),
     Trap(15, low_loss, "mixed precision", "loss of its own prediction"),
+    Trap(16, undivided_drop_path, "drop path", model="transfer"),
+    Trap(17, share_as_it_was_drawn, "cutmix", model="transfer"),
+    Trap(18, layer_rates_from_the_head, "layer decay", model="transfer"),
+    Trap(19, biased_running_variance, "linear probing", "BatchNorm: variance", model="transfer"),
+    Trap(20, statistics_of_each_device, "linear probing", "losses", model="transfer"),
 ]
 
 
@@ -320,24 +371,24 @@ def references() -> dict[str, Reference]:
     return {name: Reference(config, "float64") for name, config in MODELS.items()}
 
 
-def first_departure(reference: Reference, stages: Sequence[str] = ()) -> Result | None:
+def first_departure(reference: Reference, stages: Sequence[str]) -> Result | None:
     return next((result for stage in run(reference, stages) for result in stage if not result.passed), None)
 
 
 def test_nothing_departs_without_a_trap(references):
     assert len(jax.local_devices()) > 1, "some traps show on two devices only"
-    assert first_departure(references["paper"]) is None
-    assert first_departure(references["learned"], LEARNED_STAGES) is None
+    for name, reference in references.items():
+        assert first_departure(reference, STAGES_OF[name]) is None
 
 
 @pytest.mark.parametrize("trap", TRAPS, ids=str)
 def test_trap_is_caught_where_it_belongs(references, monkeypatch, trap):
     trap.plant(monkeypatch)
-    departure = first_departure(references[trap.model], LEARNED_STAGES if trap.model == "learned" else ())
+    departure = first_departure(references[trap.model], STAGES_OF[trap.model])
     assert departure is not None, "the comparison did not notice"
     assert departure.stage == trap.stage
     assert trap.tensor in ("", departure.tensor)
 
 
 def test_every_trap_is_planted():
-    assert {trap.number for trap in TRAPS} == set(range(1, 16))
+    assert {trap.number for trap in TRAPS} == set(range(1, 21))

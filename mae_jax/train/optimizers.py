@@ -1,5 +1,6 @@
 """AdamW and LARS with the authors' parameter groups, and the learning-rate curve (He et al. 2021, Tables 8 to 10)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ from mae_jax.config import OptimConfig
 
 # The batch that base_lr is meant for (Goyal et al. 2017, linear scaling).
 REFERENCE_BATCH = 256
+
+DecayMask = Callable[[Any], Any]  # parameters to whether each decays
 
 # Trained parameters that are no kernels, though they have more than one dimension.
 _TABLES = ("cls_token", "mask_token", "pos_embed")
@@ -46,8 +49,11 @@ def kernel_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and path[-1].key not in _TABLES, params)
 
 
-def direction(optim: OptimConfig, mask: Any = decay_mask) -> optax.GradientTransformation:
-    """The configured optimizer before the learning rate: its update is -rate times this."""
+def direction(optim: OptimConfig, mask: DecayMask | None = None) -> optax.GradientTransformation:
+    """The configured optimizer before the learning rate: its update is -rate times this.
+
+    mask: what AdamW's decay applies to, by default `decay_mask`.
+    """
     return adamw_direction(optim, mask) if optim.optimizer == "adamw" else lars_direction(optim)
 
 
@@ -55,12 +61,12 @@ def _clip(optim: OptimConfig) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm is not None else optax.identity()
 
 
-def adamw_direction(optim: OptimConfig, mask: Any = decay_mask) -> optax.GradientTransformation:
+def adamw_direction(optim: OptimConfig, mask: DecayMask | None = None) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019); eps stands outside the root, the decay is multiplied by the rate."""
     return optax.chain(
         _clip(optim),
         optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps),
-        optax.add_decayed_weights(optim.weight_decay, mask=mask),
+        optax.add_decayed_weights(optim.weight_decay, mask=mask or decay_mask),
     )
 
 
