@@ -9,7 +9,7 @@ from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
 from mae_jax.evaluation.encoders import load_pretrained, untrained
 from mae_jax.evaluation.features import image_features
 from mae_jax.models.classifier import Classifier
-from mae_jax.train.steps import normalise_images
+from mae_jax.train.objective import normalise_images
 from tests.port.conftest import draw_params
 
 MODEL = ModelConfig(image_size=16, patch_size=8, encoder=TransformerConfig(width=24, depth=1, heads=3))

@@ -17,8 +17,8 @@ from mae_jax.models.patches import patchify
 from mae_jax.train import pca
 from mae_jax.train.checkpoint import load_params
 from mae_jax.train.initial import start_from
-from mae_jax.train.loop import pretrain
 from mae_jax.train.objective import normalise_images
+from mae_jax.train.pretrain import pretrain
 from mae_jax.train.pretraining import loss_and_gradients
 from mae_jax.train.steps import init_state, make_step
 
