@@ -16,7 +16,7 @@ from mae_jax.evaluation.scores import Outcomes, judge
 from mae_jax.train.best import save_best
 from mae_jax.train.build import build_engine, run_length
 from mae_jax.train.hosts import Hosts
-from mae_jax.train.initial import start_from
+from mae_jax.train.initial import Say, start_from
 from mae_jax.train.loop import Finished, Room, run
 from mae_jax.train.metrics import read_metrics
 from mae_jax.train.objective import Params
@@ -42,7 +42,13 @@ def finetune(config: FinetuneConfig, hosts: Hosts = ALONE) -> Finished:
             f"2 x {devices} devices"
         )
     data = f"{len(train):,} images of {len(train.class_names)} classes, {len(val):,} others to evaluate on"
-    return run(config, train, hosts, data, lambda room: Evaluations(config, val, room))
+
+    def begin(state: TrainState, say: Say) -> TrainState:
+        if config.init is None:
+            say("init is not given: the encoder starts with random weights")
+        return state
+
+    return run(config, train, hosts, data, lambda room: Evaluations(config, val, room), begin)
 
 
 def open_data(config: FinetuneConfig) -> tuple[FinetuneConfig, Source, Source]:

@@ -147,6 +147,13 @@ class Window:
     steps: int = 0
     waited: float = 0.0  # seconds
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training's."""
+        since = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - since
+
     def rates(self, batch_size: int) -> dict[str, float]:
         """Images a second, and the share of the time that went by waiting for data."""
         seconds = time.perf_counter() - self.began
@@ -212,7 +219,8 @@ class Run:
                 if step % config.save_every == 0 or last:
                     self._save(step, state)
                 if not stopped:
-                    self.watch.after(step, state, last)
+                    with self.window.paused():
+                        self.watch.after(step, state, last)
                 if last:
                     break
         return Finished(self.checkpoints.folder.parent, step, self.stop.signal if step < self.length.steps else None)
