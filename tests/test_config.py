@@ -12,6 +12,8 @@ from mae_jax.config import (
     MODELS,
     AugmentConfig,
     ClassifierConfig,
+    FinetuneConfig,
+    MixConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
@@ -130,6 +132,22 @@ REFUSED = {
         lambda: PretrainConfig(coordinator="a", process_id=0, num_processes=2),
         ("coordinator a", "HOST:PORT"),
     ),
+    "blocks": (lambda: FinetuneConfig(last_blocks=13), ("last_blocks 13", "0 .. 12")),
+    "sweep": (lambda: FinetuneConfig(sweep=(0.1, 0.2)), ("sweep (0.1, 0.2)", "last_blocks 0")),
+    "equal rates": (lambda: FinetuneConfig(last_blocks=0, sweep=(0.1, 0.1)), ("sweep (0.1, 0.1)", "different")),
+    "layer decay": (lambda: FinetuneConfig(layer_decay=1.1), ("layer_decay 1.1",)),
+    "batch norm": (
+        lambda: FinetuneConfig(last_blocks=0, batch_norm=True, accumulate=2),
+        ("batch_norm", "accumulate 2"),
+    ),
+    "holdout": (lambda: FinetuneConfig(holdout=1), ("holdout 1",)),
+    "evaluations": (lambda: FinetuneConfig(evaluate_every=0.0), ("evaluate_every 0.0",)),
+    "mixed repeats": (lambda: FinetuneConfig(mix=MixConfig(mixup=0.8), repeats=2), ("mixup", "repeats 2")),
+    "mixup": (lambda: MixConfig(mixup=-1.0), ("mixup -1.0",)),
+    "erasing": (lambda: MixConfig(erase=1.5), ("erase 1.5",)),
+    "smoothing": (lambda: MixConfig(smoothing=1.0), ("smoothing 1.0",)),
+    "drop path": (lambda: ClassifierConfig(drop_path=1.0), ("drop_path 1.0",)),
+    "trust": (lambda: OptimConfig(trust=0.0), ("trust 0.0",)),
 }
 
 

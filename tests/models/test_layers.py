@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mae_jax.config import TransformerConfig, wide
-from mae_jax.models.layers import Block, Dense, LayerNorm, block_class
+from mae_jax.models.layers import Block, Dense, LayerNorm, block_class, drop_path
 
 STACK = TransformerConfig(width=12, depth=1, heads=3, mlp_ratio=2.0)
 
@@ -103,3 +103,26 @@ def test_recomputing_a_block_changes_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient_again, gradient)
     primitives = {equation.primitive.name for equation in jax.make_jaxpr(square(recomputed))(params).eqns}
     assert "remat2" in primitives or "checkpoint" in primitives
+
+
+@pytest.mark.usefixtures("double")
+def test_a_block_with_dropped_branches():
+    """Multiplied by 0 a branch is not there, by 2 it is there twice; also where it is recomputed."""
+    x, survival = values(3, 5, 12), jnp.asarray([[0.0, 2.0], [2.0, 0.0], [1.0, 1.0]])
+    block = Block(STACK, "float64")
+    params = shaken(block.init(jax.random.key(0), x)["params"])
+    found = block_class(True)(STACK, "float64").apply({"params": params}, x, 0, survival)
+    for example, (first, second) in enumerate(survival.tolist()):
+        row = np.asarray(x[example : example + 1])
+        row = row + first * naive_attention(naive_norm(row, params["norm1"]), params["attn"], 3)
+        row = row + second * naive_mlp(naive_norm(row, params["norm2"]), params["mlp"])
+        np.testing.assert_allclose(found[example], row[0], rtol=1e-10, atol=1e-10)
+
+
+def test_the_rate_rises_from_nothing_to_the_last_block():
+    uniforms = jnp.asarray(np.random.default_rng(0).random((4000, 5, 2)), jnp.float32)
+    factors = np.asarray(drop_path(uniforms, 0.4))
+    dropped = (factors == 0).mean(axis=(0, 2))
+    np.testing.assert_allclose(dropped, [0, 0.1, 0.2, 0.3, 0.4], atol=0.02)
+    assert (factors[:, 0] == 1).all()
+    np.testing.assert_allclose(np.unique(factors[:, 4]), [0, 1 / 0.6], rtol=1e-6)
