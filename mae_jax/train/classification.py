@@ -14,7 +14,7 @@ from mae_jax.config import FinetuneConfig, OptimConfig, wide
 from mae_jax.models.classifier import Classifier, Pooled
 from mae_jax.train.mixing import Targets, erase, mix, smooth_targets
 from mae_jax.train.objective import Batch, Images, Params, normalise_images
-from mae_jax.train.optimizers import direction, kernel_mask, layer_rates, of_each_head
+from mae_jax.train.optimizers import direction, intact, kernel_mask, layer_rates, of_each_head
 
 BATCH_NORM_EPS = 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # PyTorch's: the share of the new batch in the running statistics
@@ -114,11 +114,18 @@ class Classification:
             mean, variance = self._moments(features)
             features = (features - mean) * jax.lax.rsqrt(variance + BATCH_NORM_EPS)
             replaced = {"statistics": _running(params["statistics"], mean, variance, config.batch_size)}
-        logits = head_logits(params["head"], features)
+        head = params["head"]
+        if config.sweep:  # of a ruined head neither loss nor gradient may reach the others' sum
+            sound = intact(head)
+            head = jax.tree.map(lambda p: jnp.where(sound.reshape(-1, *[1] * (p.ndim - 1)), p, 0), head)
+        logits = head_logits(head, features)
         errors = optax.softmax_cross_entropy(logits, inputs.targets).mean(axis=-1)
+        if not config.sweep:
+            return errors, replaced
         # The heads are minimised side by side; what is told is the loss of the best.
         total = errors.sum()
-        return jax.lax.stop_gradient(errors.min() - total) + total, replaced
+        best = jnp.where(intact(params["head"]), errors, jnp.inf).min()
+        return jax.lax.stop_gradient(best - total) + total, replaced
 
     def _moments(self, features: Pooled) -> tuple[Float[Array, " width"], Float[Array, " width"]]:
         """Mean and (biased) variance of the whole batch, on however many devices."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mae_jax.config import OptimConfig
 
@@ -14,6 +14,9 @@ from mae_jax.config import OptimConfig
 REFERENCE_BATCH = 256
 
 DecayMask = Callable[[Any], Any]  # parameters to whether each decays
+
+# A weight this large comes of a rate that is far too large; a step later it could be infinite.
+_RUINED = 1e15
 
 # Trained parameters that are no kernels, though they have more than one dimension.
 _TABLES = ("cls_token", "mask_token", "pos_embed")
@@ -103,11 +106,19 @@ def lars_direction(optim: OptimConfig) -> optax.GradientTransformation:
     return optax.chain(_clip(optim), optax.GradientTransformation(init, update))
 
 
+def intact(params: Any) -> Bool[Array, " heads"]:
+    """Which of several models, stacked along every parameter's first axis, no rate has ruined."""
+    sound = [(jnp.abs(p) < _RUINED).reshape(len(p), -1).all(axis=1) for p in jax.tree.leaves(params)]
+    return jnp.stack(sound).all(axis=0)
+
+
 def of_each_head(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same for several models at once, stacked along every parameter's first axis."""
+    """The same for several models at once; one that is not intact stays as it is, and the others go on."""
 
     def update(gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> Any:
-        return jax.vmap(transformation.update)(gradients, state, params)
+        updates, state = jax.vmap(transformation.update)(gradients, state, params)
+        sound = intact(params)
+        return jax.tree.map(lambda u: jnp.where(sound.reshape(-1, *[1] * (u.ndim - 1)), u, 0), updates), state
 
     return optax.GradientTransformation(jax.vmap(transformation.init), update)
 

@@ -113,6 +113,17 @@ def test_a_sweep_is_as_many_runs(classify, labelled):
     np.testing.assert_allclose(losses, np.min([found for _, found in alone], axis=0), rtol=1e-5)
 
 
+def test_a_ruined_head_leaves_the_others_alone(classify, labelled):
+    """A rate that is far too large stops its own head, and neither the run nor the other heads."""
+    given = labelled(4)
+    both, losses = trained(classify(**PROBE, sweep=(3.0, 1e28)), given)
+    alone, expected = trained(classify(**PROBE), given)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(both.params["head"]["kernel"][0], alone.params["head"]["kernel"], rtol=1e-5, atol=1e-7)
+    assert np.isfinite(both.params["head"]["kernel"]).all()
+    assert np.abs(both.params["head"]["kernel"][1]).max() > 1e15
+
+
 def test_a_folded_batch_norm_gives_the_same_logits(classify, labelled):
     state, _ = trained(classify(**PROBE), labelled(3))
     params = state.params
