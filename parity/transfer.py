@@ -265,5 +265,5 @@ def probing(ours: Ours, reference: Reference) -> Pairs:
 
 
 TRANSFER: dict[str, Callable[[Ours, Reference], Pairs]] = {
-    stage.__name__: stage for stage in (targets, drop_path, classifier, layer_decay, finetuning, probing)
+    stage.__name__: stage for stage in (targets, drop_path, layer_decay, classifier, probing, finetuning)
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare machine to a pretrained masked autoencoder: proof, run, picture, score. Can be run again; it continues.
+# From a bare machine to a pretrained masked autoencoder: proof, run, picture, scores. Can be run again; it continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh torch
@@ -16,8 +16,13 @@ echo; echo "== What it makes of hidden patches, and what its features are worth"
 mae-jax reconstruct "$run" --out "$run/reconstructions.png"
 mae-jax knn "$run"
 
+echo; echo "== A linear probe, and fine-tuning, on four fifths of the digits"
+mae-jax probe digits --init "$run" --workdir "$run-probe"
+mae-jax finetune digits --init "$run" --workdir "$run-finetuned"
+
 echo
 echo "Reconstructions:  $run/reconstructions.png"
 echo "Checkpoints:      $run/checkpoints"
+echo "Mistakes:         $run-finetuned/confusion.png, worst.png"
 echo "Losses:           $run/metrics.jsonl"
 echo "Proof:            runs/parity/parity.md, parity.png"

@@ -75,7 +75,7 @@ def test_a_run_leaves_no_setting_behind():
 def test_stages_are_in_the_order_data_flows():
     order = ["patchify", "position_tables", "masks", "encoder_blocks", "latent", "decoder_blocks", "loss", "gradients"]
     assert [name for name in STAGES if name in order] == order
-    assert list(STAGES)[-3:] == ["layer_decay", "finetuning", "probing"]
+    assert list(STAGES)[-3:] == ["classifier", "probing", "finetuning"]
 
 
 @pytest.mark.parametrize(

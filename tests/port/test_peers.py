@@ -4,18 +4,23 @@ import json
 import warnings
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from PIL import Image
 
 import mae_jax
 from mae_jax.config import MODELS
+from mae_jax.models.classifier import Classifier
 from mae_jax.port.inference import Hints
+from mae_jax.port.keys import to_fair
 from mae_jax.port.layouts import to_layout, written
 from mae_jax.port.port import port
 from mae_jax.port.reading import read_weights
-from mae_jax.port.receivers import lightly, timm_name
+from mae_jax.port.receivers import lightly, timm_name, timm_vit
 from mae_jax.port.verification import outputs
 from parity import peers
 from parity.models import SQUARE
@@ -219,3 +224,30 @@ def test_the_written_names_are_those_of_transformers_4():
     assert written("huggingface").rename("decoder_blocks.0.attn.qkv.bias") == tuple(
         f"decoder.decoder_layers.0.attention.attention.{name}.bias" for name in ("query", "key", "value")
     )
+
+
+@pytest.mark.parametrize("pooling", CLASSIFIERS)
+def test_classifiers_are_timms(pooling):
+    """Logits and every gradient of a fine-tuned ViT, `global_pool` "avg" and "token", in float64."""
+    config = replace(CLASSIFIERS[pooling], model=replace(TINY, dtype="float64"))
+    generator = np.random.default_rng(0)
+    images, targets = generator.standard_normal((3, 32, 32, 3)), generator.dirichlet(np.ones(7), 3)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        params = jax.tree.map(jnp.asarray, draw_params(config, dtype=np.float64))
+
+        def loss(params):
+            logits = Classifier(config).apply({"params": params}, jnp.asarray(images))
+            return optax.softmax_cross_entropy(logits, jnp.asarray(targets)).mean(), logits
+
+        (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        found = to_layout(to_fair(gradients, config), written("timm"))
+        weights = to_layout(to_fair(params, config), written("timm"))
+    module = timm_vit(config).double()
+    module.load_state_dict({name: torch.from_numpy(np.array(values)) for name, values in weights.items()}, strict=True)
+    theirs = module(torch.from_numpy(images).movedim(-1, 1))
+    torch.nn.functional.cross_entropy(theirs, torch.from_numpy(targets)).backward()
+    np.testing.assert_allclose(logits, theirs.detach(), rtol=0, atol=1e-13 * theirs.abs().max().item())
+    compared = {name: p.grad.numpy() for name, p in module.named_parameters() if name != "pos_embed"}
+    assert compared.keys() == found.keys() - {"pos_embed"}
+    for name, expected in compared.items():
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-12 * np.abs(expected).max(), err_msg=name)
