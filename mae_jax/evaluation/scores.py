@@ -15,6 +15,7 @@ from mae_jax.config import AugmentConfig, ClassifierConfig, FinetuneConfig, wide
 from mae_jax.data.chosen import Chosen
 from mae_jax.data.evaluation import evaluation_batches
 from mae_jax.data.sources import Source
+from mae_jax.errors import StatedError
 from mae_jax.models.classifier import Classifier, Pooled
 from mae_jax.train.classification import folded, head_logits
 from mae_jax.train.hosts import Hosts
@@ -77,6 +78,9 @@ def judge(
     """Show every image of a source to a classifier, centre crops; on several hosts each reads its own share.
 
     put: lays rows of this host out over all devices, of which there are `devices`.
+
+    Raises:
+      StatedError: no image decodes and has a class.
     """
     batch = -(-min(_MOST * devices, len(source)) // devices) * devices
     own, count = batch // hosts.count, -(-len(source) // batch)
@@ -101,6 +105,8 @@ def judge(
     rank, named, loss = (np.concatenate([part[i] for part in found], axis=1) for i in range(3))
     label, index = (np.concatenate([part[i] for part in found]) for i in (3, 4))
     known = label >= 0
+    if not known.any():
+        raise StatedError(f"none of the {len(source):,} images to evaluate on decodes and has a class")
     return Outcomes(
         rank[:, known], named[:, known], loss[:, known], label[known], index[known], len(source) - int(known.sum())
     )

@@ -138,9 +138,10 @@ class Evaluations:
 
 
 def single(config: FinetuneConfig, params: Params, head: int) -> tuple[FinetuneConfig, Params]:
-    """One of the classifiers of a sweep, as a run with its rate alone would have it."""
+    """A classifier by itself: one of a sweep as a run with its rate alone would have it, a running average as it is."""
+    optim = dataclasses.replace(config.optim, ema_decay=None)
     if not config.sweep:
-        return config, params
-    optim = dataclasses.replace(config.optim, base_lr=config.sweep[head])
+        return dataclasses.replace(config, optim=optim), params
+    optim = dataclasses.replace(optim, base_lr=config.sweep[head])
     chosen = jax.tree.map(lambda values: values[head], params["head"])
     return dataclasses.replace(config, sweep=(), optim=optim), params | {"head": chosen}

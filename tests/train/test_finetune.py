@@ -1,0 +1,63 @@
+"""Runs of classifiers from inside: what they keep."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from mae_jax.evaluation.scores import judge
+from mae_jax.presets import FINETUNE
+from mae_jax.train.build import build_engine, run_length
+from mae_jax.train.checkpoint import load_classifier
+from mae_jax.train.finetune import Evaluations, finetune, open_data
+from mae_jax.train.hosts import Hosts
+from mae_jax.train.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def config(tmp_path):
+    whole = FINETUNE["digits"]()
+    stack = dataclasses.replace(whole.model.encoder, width=16, depth=1, heads=2)
+    return dataclasses.replace(
+        whole,
+        model=dataclasses.replace(whole.model, patch_size=4, encoder=stack),
+        optim=dataclasses.replace(whole.optim, warmup_epochs=0.0, ema_decay=0.5),
+        layer_decay=1.0,
+        workdir=str(tmp_path / "run"),
+        steps=4,
+        evaluate_every=0.1,
+        devices=1,
+        workers=0,
+    )
+
+
+def test_the_best_running_average_is_kept_and_read(config, tmp_path):
+    """Evaluated, kept and read back is the average, and it scores what the log says."""
+    finetune(config)
+    scored = [row for row in read_metrics(tmp_path / "run") if "top1" in row]
+    best, params, step = load_classifier(tmp_path / "run" / "best")
+    assert best.optim.ema_decay is None
+    expected = max(scored, key=lambda row: row["top1"])
+    assert step == expected["step"]
+    resolved, _, val = open_data(best)
+    engine = build_engine(resolved, run_length(resolved, len(val)))
+    found = judge(params, val, resolved, engine.rows, 1, Hosts())
+    assert found.top(1)[0] == expected["top1"]
+    if step == 4:
+        newest = load_classifier(tmp_path / "run")[1]
+        jax.tree.map(np.testing.assert_array_equal, params, newest)
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(config, tmp_path, monkeypatch):
+    """Killed between the last checkpoint and its evaluation."""
+    monkeypatch.setattr(Evaluations, "after", lambda *args: None)
+    finetune(config)
+    assert not any("top1" in row for row in read_metrics(tmp_path / "run"))
+    monkeypatch.undo()
+    finetune(config)
+    (row,) = [row for row in read_metrics(tmp_path / "run") if "top1" in row]
+    assert row["step"] == 4
+    assert (tmp_path / "run" / "worst.png").exists()
