@@ -243,6 +243,7 @@ def bench(arguments: Arguments) -> dict[str, Any]:
         jpeg = prepared(source, files, work / "jpeg")
         keep = prepared(source, files, work / "keep", encoding="keep")
         raw = prepared(source, files, work / "raw", encoding="raw")
+        raw_small = prepared(source, files, work / "raw 160", encoding="raw", size=160)
         small = prepared(source, files, work / "small", size=128, quality=90)
         tfds = as_tfds(source, work / "tfds")
         fast, device = replace(CONFIG, augment=FAST), replace(CONFIG, crops="device")
@@ -258,6 +259,7 @@ def bench(arguments: Arguments) -> dict[str, Any]:
             "records 256, crops device": (jpeg, replace(device, augment=FAST)),
             "records 128, crops device of 128": (small, replace(device, augment=FAST, canvas_size=128)),
             "records raw 256, crops device": (raw, device),
+            "records raw 160, crops device of 160": (raw_small, replace(device, canvas_size=160)),
         }
         runs: dict[str, Callable[[], Any]] = {name: ours(*side) for name, side in sides.items()}
         reference = torchvision_views(folder)
