@@ -114,7 +114,7 @@ def _transfer(args: Sequence[str], prog: str, presets: "Mapping[str, Callable[[]
     config = _read_config(words, f"{prog} [--eval-only]", FinetuneConfig, presets, adopt)
     keep_freed_memory()
     _prepare_jax(config.model.dtype)
-    from mae_jax.train.finetune import evaluate, finetune
+    from mae_jax.train.finetune import EVALUATED, evaluate, finetune
     from mae_jax.train.hosts import joined
 
     with joined(config) as hosts:
@@ -122,8 +122,9 @@ def _transfer(args: Sequence[str], prog: str, presets: "Mapping[str, Callable[[]
             outcomes = evaluate(config, hosts)
             top1, top5 = outcomes.top(1)[0], outcomes.top(5)[0]
             left_out = f"; {outcomes.left_out} left out" if outcomes.left_out else ""
-            print(f"top-1 {top1:.2%}, top-5 {top5:.2%} of {len(outcomes.label):,} images{left_out}")
-            print(f"wrote confusion.png and worst.png into {config.workdir}")
+            if hosts.first:
+                print(f"top-1 {top1:.2%}, top-5 {top5:.2%} of {len(outcomes.label):,} images{left_out}")
+                print(f"wrote confusion.png and worst.png into {config.workdir}/{EVALUATED}")
             return 0
         finished = finetune(config, hosts)
     return _ended(finished, args, prog)

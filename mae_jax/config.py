@@ -449,6 +449,8 @@ class FinetuneConfig(RunConfig):
             )
         if not all(0 < rate < math.inf for rate in self.sweep) or len(set(self.sweep)) < len(self.sweep):
             raise ValueError(f"sweep {self.sweep} must be different rates, positive and finite")
+        if self.sweep and self.optim.min_lr > 0:
+            raise ValueError(f"sweep {self.sweep} scales whole curves: optim.min_lr {self.optim.min_lr} must be 0")
         if self.mix.mixes and self.repeats > 1:
             raise ValueError(f"mixup and cutmix would mix an image with itself: repeats {self.repeats} is not 1")
         if self.classes is not None:

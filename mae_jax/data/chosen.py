@@ -66,6 +66,8 @@ def split_for_training(open_split: Callable[[str], Source], data: str, holdout: 
             raise StatedError(f"data {data} has {len(train)} images, fewer than holdout {holdout}") from None
         every = range(len(train))
         return Chosen(train, [i for i in every if i % holdout]), Chosen(train, every[::holdout])
+    if not val.class_names:
+        raise StatedError(f"val of {data} has no classes: put its images into folders named as those of train")
     unknown = [name for name in val.class_names if name not in train.class_names]
     if unknown:
         raise StatedError(f"val of {data} has classes that train has not: {', '.join(unknown[:5])}")

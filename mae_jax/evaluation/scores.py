@@ -59,6 +59,7 @@ def _judge(
     truth = jnp.take_along_axis(logits, labels[None, :, None], axis=-1)
     before = jnp.arange(logits.shape[-1]) < labels[:, None]
     rank = ((logits > truth) | ((logits == truth) & before)).sum(axis=-1)
+    rank = jnp.where(jnp.isfinite(logits).all(axis=-1), rank, logits.shape[-1])  # nothing is above nan
     loss = jax.nn.logsumexp(logits, axis=-1) - truth[..., 0]
     return rank, logits.argmax(axis=-1), loss
 

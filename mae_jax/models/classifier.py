@@ -1,7 +1,6 @@
 """The encoder with a linear head, as fine-tuning leaves it (He et al. 2021, section 4 and appendix A.1)."""
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mae_jax.config import ClassifierConfig, wide
@@ -25,7 +24,8 @@ class Classifier(nn.Module):
         self.encoder = Encoder(config.model)
         if config.pooling == "mean":
             self.fc_norm = LayerNorm(config.model.dtype)
-        self.head = Dense(config.classes, config.model.dtype)
+        # As probing and evaluation compute it, where several heads share an encoder: never in less than float32.
+        self.head = Dense(config.classes, wide(config.model.dtype))
 
     def __call__(
         self,
@@ -33,7 +33,7 @@ class Classifier(nn.Module):
         uniforms: Float[Array, "batch depth 2"] | None = None,
     ) -> Float[Array, "batch classes"]:
         """The logits, in float32 or wider; with uniforms in [0, 1), branches are dropped at the configured rate."""
-        return self.head(self.pool(images, uniforms)).astype(jnp.dtype(wide(self.config.model.dtype)))
+        return self.head(self.pool(images, uniforms))
 
     def pool(
         self,

@@ -61,7 +61,8 @@ def imagenet_vit_large() -> FinetuneConfig:
 
 
 def imagenet_vit_huge() -> FinetuneConfig:
-    """ViT-H/14, 50 epochs end to end (He et al. 2021, Table 9); with --model.image-size 448 at that resolution.
+    """ViT-H/14, 50 epochs end to end (He et al. 2021, Table 9); at a higher resolution with
+    --model.image-size 448 --augment.evaluation-crop 1 (the authors crop evaluations up to 224 only).
 
     mae-jax finetune imagenet_vit_huge --init runs/imagenet_vit_huge_patch14 --data folder:PATH
     1,004 GFLOP an image x 1.28 M x 50 = 6.4e19 FLOP; 86.9 % top-1 after 1,600 epochs of pretraining (Table 3).
@@ -96,7 +97,8 @@ def cifar10_tiny() -> FinetuneConfig:
 
     mae-jax finetune cifar10_tiny --init runs/cifar10_tiny --data folder:PATH
     10 GFLOP an image x 50,000 x 100 = 5e16 FLOP. A PyTorch run of this recipe reports 89.77 % with pretraining and
-    74.13 % without (https://github.com/IcarusWizard/MAE).
+    74.13 % without (https://github.com/IcarusWizard/MAE); it decays every parameter, begins with PyTorch's head, and
+    its rate follows min(warm-up, cosine) epoch by epoch.
     """
     model, augment, data = _pretrained("cifar10_tiny")
     return FinetuneConfig(

@@ -13,6 +13,15 @@ from mae_jax.train.workdir import CHECKPOINTS, checkpoint_folders
 BEST = "best"
 
 
+def drop_later(workdir: Path, step: int, hosts: Hosts) -> None:
+    """Remove what a run kept after the step from which it goes on: it may come out otherwise. All hosts call this."""
+    if hosts.first:
+        for saved in checkpoint_folders(workdir / BEST):
+            if int(saved.name) > step:
+                shutil.rmtree(saved)
+    hosts.gather(f"best from {step}", "")
+
+
 def save_best(workdir: Path, step: int, config: RunConfig, params: Params, hosts: Hosts) -> None:
     """Write parameters to WORKDIR/best, which commands take as they take a run; the one before goes then.
 
@@ -28,8 +37,9 @@ def save_best(workdir: Path, step: int, config: RunConfig, params: Params, hosts
         save_params(folder / CHECKPOINTS / str(step), config, params)
         hosts.gather(f"best {step}", "")
         if hosts.first:
-            for older in checkpoint_folders(folder)[:-1]:
-                shutil.rmtree(older)
+            for saved in checkpoint_folders(folder):
+                if int(saved.name) != step:
+                    shutil.rmtree(saved)
     except (OSError, ValueError) as error:
         raise StatedError(
             f"the best checkpoint cannot be written into {folder}: {str(error).splitlines()[0][:300]}. "

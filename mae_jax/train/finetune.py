@@ -1,6 +1,7 @@
 """A run of a classifier: the loop with evaluations, of which the best is kept."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from mae_jax.config import FinetuneConfig
 from mae_jax.data.chosen import split_for_training
 from mae_jax.data.sources import Source, absolute, open_source
 from mae_jax.errors import StatedError
-from mae_jax.evaluation.mistakes import write_mistakes
+from mae_jax.evaluation.mistakes import CONFUSION, WORST, write_mistakes
 from mae_jax.evaluation.scores import Outcomes, judge
-from mae_jax.train.best import save_best
+from mae_jax.train.best import BEST, drop_later, save_best
 from mae_jax.train.build import build_engine, run_length
 from mae_jax.train.hosts import Hosts
 from mae_jax.train.initial import Say, start_from
@@ -21,8 +22,10 @@ from mae_jax.train.loop import Finished, Room, run
 from mae_jax.train.metrics import read_metrics
 from mae_jax.train.objective import Params
 from mae_jax.train.steps import TrainState, init_state
+from mae_jax.train.workdir import checkpoint_folders
 
 ALONE = Hosts()
+EVALUATED = "evaluated"  # beside what a run in the same folder has drawn
 
 
 def finetune(config: FinetuneConfig, hosts: Hosts = ALONE) -> Finished:
@@ -71,7 +74,7 @@ def open_data(config: FinetuneConfig) -> tuple[FinetuneConfig, Source, Source]:
 
 
 def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
-    """Evaluate the weights of `config.init` as they are, and draw what they take for what into `config.workdir`.
+    """Evaluate the weights of `config.init` as they are, and draw what they take for what into WORKDIR/evaluated.
 
     Raises:
       StatedError: there are none, they have no head, or the data has other classes.
@@ -81,10 +84,11 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
     init = config.init
     config, _, val = open_data(config)
     engine = build_engine(config, run_length(config, len(val)))
-    state = start_from(init, engine.begin(lambda: init_state(config)), config, print, whole=True)
+    say: Say = print if hosts.first else lambda text: None
+    state = start_from(init, engine.begin(lambda: init_state(config)), config, say, whole=True)
     outcomes = judge(state.params, val, config, engine.rows, len(engine.devices), hosts)
     if hosts.first:
-        folder = Path(config.workdir)
+        folder = Path(config.workdir) / EVALUATED
         folder.mkdir(parents=True, exist_ok=True)
         write_mistakes(folder, outcomes, 0, val, config)
     return outcomes
@@ -96,6 +100,7 @@ class Evaluations:
     def __init__(self, config: FinetuneConfig, val: Source, room: Room) -> None:
         self._config, self._val, self._room = config, val, room
         self._scores: dict[int, float] = {}  # top-1 by step
+        self._best = -1.0  # of those, the one that is kept
 
     def _is_due(self, step: int) -> bool:
         """Whether a whole number of `evaluate_every` has been completed with this step."""
@@ -104,10 +109,20 @@ class Evaluations:
 
     def begin(self, step: int, state: TrainState) -> None:
         """What a run that was stopped after this step has left undone."""
-        rows = read_metrics(self._room.workdir)
-        self._scores = {int(row["step"]): row["top1"] for row in rows if "top1" in row and row["step"] <= step}
-        if step not in self._scores:
-            self.after(step, state, step == self._room.length.steps)
+        room = self._room
+        rows = read_metrics(room.workdir)
+        scores = [(int(row["step"]), row["top1"]) for row in rows if "top1" in row and row["step"] <= step]
+        ended = step == room.length.steps
+        drawn = all((room.workdir / name).exists() for name in (CONFUSION, WORST))
+        drop_later(room.workdir, step, room.hosts)
+        kept = bool(checkpoint_folders(room.workdir / BEST))
+        # As the first host sees the folder: all of them evaluate, or none.
+        said = room.hosts.gather(f"scores {step}", json.dumps([scores, ended and not drawn, kept]))[0]
+        scores, undrawn, kept = json.loads(said)
+        self._scores = dict(map(tuple, scores))
+        self._best = max(self._scores.values(), default=-1.0) if kept else -1.0
+        if step not in self._scores or undrawn:
+            self.after(step, state, ended)
 
     def after(self, step: int, state: TrainState, last: bool) -> None:
         """An evaluation, if it is time for one; after the last step, pictures too."""
@@ -129,9 +144,16 @@ class Evaluations:
             row |= {f"top1_at_{rate:g}": float(score) for rate, score in zip(config.sweep, top1, strict=True)}
         if outcomes.left_out:
             row["left_out"] = outcomes.left_out
-        better = all(row["top1"] > score for at, score in self._scores.items() if at < step)
+        if not np.isfinite(loss[head]):
+            raise StatedError(
+                f"the loss of the evaluation is {loss[head]} after step {step}: lower optim.base_lr "
+                f"{config.optim.base_lr}, or set optim.clip_norm, in another --workdir."
+            )
+        if step in self._scores:
+            return outcomes, head
         self._scores[step] = row["top1"]
-        if better:
+        if row["top1"] > self._best:
+            self._best = row["top1"]
             save_best(room.workdir, step, *single(config, params, head), room.hosts)
         room.log.row(step, row)
         return outcomes, head

@@ -124,6 +124,7 @@ def _decoder(weights: Weights, model: ModelConfig, params: Params, source: str, 
 def _head(weights: Weights, config: FinetuneConfig, params: Params, source: str, say: Say, whole: bool) -> Params:
     given, behind = weights.config, [name for name in ("fc_norm", "head") if name in params]
     same = isinstance(given, ClassifierConfig) and not config.sweep and given.pooling == config.pooling
+    same = same and (whole or not config.batch_norm)  # what it saw is not what a new BatchNorm gives
     if same and not any(_differing(weights.params[name], params[name]) for name in behind):
         say(f"starting from the encoder and the head of {source}")
         return {name: _like(weights.params[name], params[name]) for name in behind}
@@ -131,7 +132,7 @@ def _head(weights: Weights, config: FinetuneConfig, params: Params, source: str,
         wanted = f"a head of {config.classes} classes on pooling {config.pooling}"
         has = "no head"
         if isinstance(given, ClassifierConfig):
-            has = f"a head of {given.classes} classes on pooling {given.pooling}"
+            has = f"a head of {given.classes} classes on pooling {given.pooling} (--pooling {given.pooling})"
         raise StatedError(f"{source} has {has}, and {wanted} is to be evaluated")
     say(f"starting from the encoder of {source}; the head is new")
     return {}

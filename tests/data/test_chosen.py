@@ -45,6 +45,7 @@ def test_classes_of_val_are_numbered_as_in_train(tmp_path):
     [
         ({"train": {"ant": 1, "bee": 1}, "val": {"ant": 1, "dog": 1}}, "classes that train has not: dog"),
         ({"train": {"ant": 1, "bee": 1}}, "2 images, fewer than holdout 5"),
+        ({"train": {"ant": 1, "bee": 1}, "val": {".": 2}}, "val of .* has no classes"),
     ],
 )
 def test_refused(tmp_path, splits, message):

@@ -11,6 +11,7 @@ from mae_jax.config import AugmentConfig, FinetuneConfig, ModelConfig, Transform
 from mae_jax.data.chosen import Chosen
 from mae_jax.data.decoding import BrokenImage
 from mae_jax.data.sources import open_source
+from mae_jax.errors import StatedError
 from mae_jax.evaluation.mistakes import confusion_matrix, draw_confusion, draw_worst
 from mae_jax.evaluation.scores import judge
 from mae_jax.models.classifier import Classifier
@@ -83,6 +84,26 @@ def test_equal_scores_go_to_the_first_class(params):
     labels = np.array([source.label(i) for i in range(len(source))])
     assert found.top(1)[0] == pytest.approx((labels == 0).mean())
     assert found.top(5)[0] == pytest.approx((labels < 5).mean())
+
+
+def test_what_is_not_finite_names_nothing(params):
+    """No score is above nan; that does not make it the best."""
+    ruined = params | {"head": jax.tree.map(lambda x: x * jnp.nan, params["head"])}
+    source = Chosen(open_source("digits", 1), range(20))
+    assert judged(ruined, source).top(5)[0] == 0
+    both = params | {"head": jax.tree.map(lambda x, y: jnp.stack([x, y]), ruined["head"], params["head"])}
+    found = judged(both, source, dataclasses.replace(CONFIG, last_blocks=0, sweep=(0.1, 0.2)))
+    np.testing.assert_array_equal(found.rank[1], judged(params, source).rank[0])
+    assert found.top(5)[0] == 0
+
+
+def test_images_of_which_none_can_be_asked(params):
+    class Nothing(Chosen):
+        def label(self, index):
+            return -1
+
+    with pytest.raises(StatedError, match="none of the 20 images to evaluate on decodes and has a class"):
+        judged(params, Nothing(open_source("digits", 1), range(20)))
 
 
 def test_heads_of_a_sweep(params):

@@ -100,7 +100,7 @@ def test_carried_to_pytorch_and_evaluated_from_there(run: Run, finetuned: Path, 
         shown = run("finetune", "digits", f"--init={source}", "--eval-only", f"--workdir={tmp_path}/seen")
         assert shown.returncode == 0, shown.stderr
         assert f"top-1 {expected['top1']:.2%}, top-5 {expected['top5']:.2%} of 360 images" in shown.stdout
-    assert (tmp_path / "seen" / "worst.png").exists()
+    assert (tmp_path / "seen" / "evaluated" / "worst.png").exists()
     assert not (tmp_path / "seen" / "config.json").exists()
 
 

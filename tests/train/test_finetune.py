@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from mae_jax.errors import StatedError
 from mae_jax.evaluation.scores import judge
 from mae_jax.presets import FINETUNE
+from mae_jax.train.best import save_best
 from mae_jax.train.build import build_engine, run_length
 from mae_jax.train.checkpoint import load_classifier
 from mae_jax.train.finetune import Evaluations, finetune, open_data
@@ -60,4 +62,25 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(config, tmp_path, mon
     finetune(config)
     (row,) = [row for row in read_metrics(tmp_path / "run") if "top1" in row]
     assert row["step"] == 4
+    # Killed before the pictures: they are drawn, and nothing is counted twice.
+    (tmp_path / "run" / "worst.png").unlink()
+    finetune(config)
     assert (tmp_path / "run" / "worst.png").exists()
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "top1" in row] == [4]
+
+
+def test_a_run_that_diverges_keeps_its_best(config, tmp_path):
+    """Not finite between two looks at the loss: the evaluation ends the run, and `best` is none of its."""
+    ruined = dataclasses.replace(config, optim=dataclasses.replace(config.optim, base_lr=1e30), log_every=100, steps=6)
+    with pytest.raises(StatedError, match=r"loss of the evaluation is|not finite|is nan|is inf"):
+        finetune(ruined)
+    assert not any(row.get("top1", 0) == 1 for row in read_metrics(tmp_path / "run"))
+
+
+def test_best_of_a_later_life_is_dropped(config, tmp_path):
+    """A run that goes on before its best checkpoint may come out otherwise."""
+    finetune(config)
+    for step in (7, 9):
+        save_best(tmp_path / "run", step, *load_classifier(tmp_path / "run" / "best")[:2], Hosts())
+    finetune(config)
+    assert all(int(path.name) <= 4 for path in (tmp_path / "run" / "best" / "checkpoints").iterdir())
