@@ -112,8 +112,8 @@ def targets(ours: Ours, reference: Reference) -> Pairs:
         box = mixing.cutmix_box(jnp.asarray(share, dtype), jnp.asarray(centre, dtype), *images.shape[2:])
         ours_cut = mixing.cutmix(ours.images, plain, box)
         their_cut = torch_transfer.cutmix(images, theirs, share, centre)
-        for what, kind, mine, other in zip(("images", "targets"), ("exact", "stage"), ours_cut, their_cut, strict=True):
-            yield Pair("cutmix", f"{what}, {drawn}", mine, _like_ours(other), kind)  # type: ignore[arg-type]
+        yield Pair("cutmix", f"images, {drawn}", ours_cut[0], _like_ours(their_cut[0]), "exact")
+        yield Pair("cutmix", f"targets, {drawn}", ours_cut[1], their_cut[1], "stage")
 
 
 def _like_ours(values: torch.Tensor) -> torch.Tensor:

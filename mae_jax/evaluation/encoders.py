@@ -13,10 +13,10 @@ from mae_jax.models.classifier import Classifier
 from mae_jax.port.inference import Hints
 from mae_jax.port.keys import Config, encoder_config
 from mae_jax.port.reading import is_run, read_weights
-from mae_jax.train.checkpoint import load_any
+from mae_jax.train.checkpoint import load_params
 from mae_jax.train.objective import Params
 from mae_jax.train.steps import init_state
-from mae_jax.train.workdir import find_checkpoint
+from mae_jax.train.workdir import find_checkpoint, read_record
 
 
 class Pretrained(NamedTuple):
@@ -28,6 +28,7 @@ class Pretrained(NamedTuple):
     augment: AugmentConfig  # how pixels are normalised
     step: int | None = None  # of a run of this project
     run: PretrainConfig | None = None
+    data: str | None = None  # that a run was trained on
 
     @property
     def model(self) -> ModelConfig:
@@ -42,12 +43,14 @@ def load_pretrained(source: str, encoder_heads: int | None = None, say: Callable
     Raises:
       StatedError: it cannot be read, or nothing tells its attention heads and `encoder_heads` is not given.
     """
-    augment = None
+    augment = data = None
     if is_run(source):
-        run, params, step = load_any(source)
-        if isinstance(run, PretrainConfig):
-            return Pretrained(str(find_checkpoint(source)), run.model, params, run.augment, step, run)
-        augment = run.augment
+        checkpoint = find_checkpoint(source)
+        kept = read_record(checkpoint).config
+        if isinstance(kept, PretrainConfig):
+            run, params, step = load_params(checkpoint)
+            return Pretrained(str(checkpoint), run.model, params, run.augment, step, run, run.data)
+        augment, data = kept.augment, kept.data
     # The decoder plays no part, whatever its heads are.
     weights = read_weights(source, Hints(encoder_heads=encoder_heads), fallback=Hints(decoder_heads=1))
     for note in weights.notes:
@@ -57,6 +60,7 @@ def load_pretrained(source: str, encoder_heads: int | None = None, say: Callable
         weights.config,
         jax.tree.map(jnp.array, weights.params),
         augment or AugmentConfig(mean=weights.mean, std=weights.std),
+        data=data,
     )
 
 

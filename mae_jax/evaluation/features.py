@@ -3,22 +3,20 @@
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mae_jax.config import AugmentConfig, ModelConfig, wide
+from mae_jax.config import AugmentConfig, ModelConfig, Pooling, wide
 from mae_jax.data.evaluation import evaluation_batches
 from mae_jax.data.sources import Source
 from mae_jax.errors import StatedError
 from mae_jax.models.layers import LayerNorm, Tokens
 from mae_jax.models.mae import Encoder, everything_visible
 from mae_jax.train.objective import Params, normalise_images
-
-Pooling = Literal["mean", "class"]
 
 
 @partial(jax.jit, static_argnames=("model", "augment", "pooling", "block"))

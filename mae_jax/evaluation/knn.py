@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from mae_jax.config import Pooling
 from mae_jax.data.sources import Source, open_source
 from mae_jax.errors import NoSuchSplitError, StatedError
 from mae_jax.evaluation.encoders import load_pretrained, untrained
 from mae_jax.evaluation.feature_files import check_alike, load_features
-from mae_jax.evaluation.features import Features, Pooling, source_features
+from mae_jax.evaluation.features import Features, source_features
 from mae_jax.evaluation.neighbours import SIZES, Neighbours, Sizes, nearest
 from mae_jax.train.objective import Params
 
@@ -124,8 +125,7 @@ def compare_with_untrained(
       StatedError: there is no such encoder, its data has no two classes, or the model no class token to pool by.
     """
     pretrained = load_pretrained(str(source), encoder_heads)
-    model, run = pretrained.model, pretrained.run
-    data = data or (run.data if run else None)
+    model, data = pretrained.model, data or pretrained.data
     if data is None:
         raise StatedError(f"{source} does not say what data it was trained on: give --data")
     train = open_source(data, model.in_channels)
@@ -149,7 +149,7 @@ def compare_with_untrained(
     asked = _asked([len(labels) for _, labels in banks], "val")
     scores = (
         f"{trained:.2%} at step {pretrained.step}, {fresh:.2%} before training"
-        if run
+        if pretrained.run
         else f"{trained:.2%}, {fresh:.2%} with random weights"
     )
     return f"{k}-NN accuracy, {asked}: {scores}{_left_out(found, sources)}"

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from mae_jax.config import AugmentConfig, FinetuneConfig, MixConfig, ModelConfig, OptimConfig
 from mae_jax.presets.pretraining import PRESETS
@@ -139,7 +140,7 @@ FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {
 # --- linear probing ----------------------------------------------------------------------------------------------
 
 
-def _probe(name: str, workdir: str, **changes: object) -> FinetuneConfig:
+def _probe(name: str, workdir: str, **changes: Any) -> FinetuneConfig:
     """A frozen encoder, BatchNorm without scale and bias, and a linear head (He et al. 2021, Table 10)."""
     model, augment, data = _pretrained(name)
     settled = FinetuneConfig(
@@ -154,7 +155,7 @@ def _probe(name: str, workdir: str, **changes: object) -> FinetuneConfig:
         batch_norm=True,
         head_std=0.01,
     )
-    return replace(settled, **changes)  # type: ignore[arg-type]
+    return replace(settled, **changes)
 
 
 def _imagenet_probe(name: str) -> FinetuneConfig:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mae_jax
-from mae_jax.config import MODELS, ModelConfig
+from mae_jax.config import IMAGENET_MEAN, MODELS, ModelConfig
 from mae_jax.errors import StatedError
 from mae_jax.models.positions import resize_positions
 from mae_jax.port.files import read_file, write_safetensors, write_torch
@@ -363,3 +363,16 @@ def test_a_pca_model_goes_to_jax_with_its_basis_and_its_encoder_anywhere(tmp_pat
     mae_jax.save_torch(params, config, tmp_path / "hf", layout="huggingface", part="encoder")
     found, again = mae_jax.load_torch(tmp_path / "hf")
     assert same({"encoder": params["encoder"]}, again)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_how_images_were_normalised_goes_along(tmp_path, name):
+    """Where it is known; where it is not, the usual is taken and not said to be the file's."""
+    layout = {"model.pth": "fair", "model.safetensors": "timm"}[name]
+    said = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / name, layout=layout, part="encoder", **said)
+    told = read_weights(tmp_path / name, Hints(encoder_heads=TINY.encoder.heads))
+    assert (told.mean, told.std, told.normalisation_told) == (said["mean"], said["std"], True)
+    mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / f"b{name}", layout=layout, part="encoder")
+    untold = read_weights(tmp_path / f"b{name}", Hints(encoder_heads=TINY.encoder.heads))
+    assert (untold.mean, untold.normalisation_told) == (IMAGENET_MEAN, False)
