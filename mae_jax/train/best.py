@@ -41,6 +41,8 @@ def save_best(workdir: Path, step: int, config: RunConfig, params: Params, hosts
                 if int(saved.name) != step:
                     shutil.rmtree(saved)
     except (OSError, ValueError) as error:
+        if hosts.watch is not None:
+            hosts.watch.let_the_gone_be_named()
         raise StatedError(
             f"the best checkpoint cannot be written into {folder}: {str(error).splitlines()[0][:300]}. "
             "Make room there, and run the same command again."

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import importlib.util
 import os
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,7 +15,7 @@ from orbax.checkpoint import multihost
 
 from mae_jax.config import RunConfig
 from mae_jax.errors import StatedError
-from mae_jax.train.liveness import GONE_AFTER, HEARTBEAT, Watch, end, on_abort
+from mae_jax.train.liveness import GONE_AFTER, Watch, end, on_abort
 
 START_WITHIN = 100  # seconds for all hosts to come
 TELL_WITHIN = 600  # seconds for a host to reach the same place; the watch ends the wait for one that is gone
@@ -109,8 +108,7 @@ def joined(config: RunConfig) -> Iterator[Hosts]:
         watch.fail(str(error))
         raise
     except Exception as error:
-        # Most likely another host is gone, which the watch knows soon, and tells better.
-        time.sleep(GONE_AFTER + 2 * HEARTBEAT)
+        watch.let_the_gone_be_named()
         watch.stop()
         watch.fail(f"{type(error).__name__}: {error}")
         raise

@@ -48,6 +48,7 @@ class Watch:
         self.index, self.count = index, count
         self.how: Callable[[], str] = lambda: "Run the same command again."
         self._store = store
+        self._heard = dict.fromkeys(range(count), ("", time.monotonic()))  # the newest beat of each, and when it came
         self._over = threading.Event()
         self._ending = threading.Lock()
         on_abort(self._lost)
@@ -63,8 +64,18 @@ class Watch:
         except Exception as error:  # whatever the store says: this process ends with a better reason
             print(f"the other hosts could not be told: {error}", file=sys.stderr)
 
+    def let_the_gone_be_named(self) -> None:
+        """Return if all hosts live; else this process ends here. To be called with an error of any kind at hand.
+
+        When a host dies, the others see whatever they were at fail first: a step, or a save with its barriers.
+        """
+        time.sleep(3 * HEARTBEAT)
+        if time.monotonic() - min(when for _, when in self._heard.values()) > 2.5 * HEARTBEAT:
+            time.sleep(GONE_AFTER)
+
     def give_up(self, reason: str) -> NoReturn:
-        """End this process and all others, from any thread."""
+        """End this process and all others, from any thread; where one is gone already, that is the reason."""
+        self.let_the_gone_be_named()
         self.stop()
         self.fail(reason)
         self._end(reason)
@@ -75,7 +86,6 @@ class Watch:
         self._thread.join()
 
     def _listen(self) -> None:
-        heard = dict.fromkeys(range(self.count), ("", time.monotonic()))
         beat = 0
         while not self._over.wait(HEARTBEAT):
             beat += 1
@@ -88,9 +98,9 @@ class Watch:
                 self._end(f"host {host} of {self.count} has failed: {reason}\n{self.how()}")
             now = time.monotonic()
             for host, value in alive.items():
-                if heard[host][0] != value:
-                    heard[host] = value, now
-            gone = [host for host, (_, when) in heard.items() if now - when > GONE_AFTER]
+                if self._heard[host][0] != value:
+                    self._heard[host] = value, now
+            gone = [host for host, (_, when) in self._heard.items() if now - when > GONE_AFTER]
             if gone:
                 names = " and ".join(f"host {host}" for host in gone)
                 self._end(f"{names} of {self.count} has not been heard of for {GONE_AFTER} s. {self.how()}")

@@ -50,3 +50,16 @@ def test_while_all_live_nothing_happens():
     script = SCRIPT.replace("PLANTED", ALIVE).replace("sleep(5)", "sleep(1.5)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [
+        ('self.values["alive/0"] = str(self.beats)', "host 2 of 3 has not been heard of for 0.5 s. Run it again."),
+        (ALIVE, "the disk is full"),
+    ],
+)
+def test_what_fails_because_another_is_gone_is_not_blamed(planted, said):
+    script = SCRIPT.replace("PLANTED", planted).replace("time.sleep(5)", 'watch.give_up("the disk is full")')
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"mae-jax: {said}\n")
