@@ -74,14 +74,16 @@ def _ended(finished: "Finished", args: Sequence[str], prog: str) -> int:
 
 def pretrain(args: Sequence[str], prog: str) -> int:
     """Pretrain a masked autoencoder: mae-jax pretrain PRESET [--field value]. Run again, it continues."""
-    from mae_jax.train.host_memory import keep_freed_memory
+    from mae_jax.train import cpu
 
     config = _read_pretraining(args, prog)
-    keep_freed_memory()
+    cpu.settle()
     _prepare_jax(config.model.dtype)
+    from mae_jax.train.compiled import keep_compiled
     from mae_jax.train.hosts import joined
     from mae_jax.train.pretrain import pretrain
 
+    keep_compiled()
     with joined(config) as hosts:
         finished = pretrain(config, hosts)
     return _ended(finished, args, prog)
@@ -103,7 +105,7 @@ def probe(args: Sequence[str], prog: str) -> int:
 
 def _transfer(args: Sequence[str], prog: str, presets: "Mapping[str, Callable[[], FinetuneConfig]]") -> int:
     from mae_jax.config import FinetuneConfig
-    from mae_jax.train.host_memory import keep_freed_memory
+    from mae_jax.train import cpu
 
     def adopt(config: FinetuneConfig, init: str) -> FinetuneConfig:
         from mae_jax.train.initial import adopted
@@ -112,11 +114,13 @@ def _transfer(args: Sequence[str], prog: str, presets: "Mapping[str, Callable[[]
 
     words = [word for word in args if word != "--eval-only"]
     config = _read_config(words, f"{prog} [--eval-only]", FinetuneConfig, presets, adopt)
-    keep_freed_memory()
+    cpu.settle()
     _prepare_jax(config.model.dtype)
+    from mae_jax.train.compiled import keep_compiled
     from mae_jax.train.finetune import EVALUATED, evaluate, finetune
     from mae_jax.train.hosts import joined
 
+    keep_compiled()
     with joined(config) as hosts:
         if len(words) < len(args):
             outcomes = evaluate(config, hosts)

@@ -77,11 +77,11 @@ def peak_host_bytes() -> int:
 
 def jax_side(config: PretrainConfig, device_kind: str | None) -> Side:
     """This project's step, as `mae-jax pretrain` runs it."""
-    from mae_jax.train.host_memory import keep_freed_memory
+    from mae_jax.train import cpu
 
     if device_kind is not None:
         os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[device_kind]
-    keep_freed_memory()
+    cpu.settle()
     import jax
     import numpy as np
 

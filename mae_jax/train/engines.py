@@ -115,8 +115,8 @@ class PmapEngine:
         return jax.device_put(state, self._sharding())
 
     def begin(self, init: Callable[[], Tree]) -> Tree:
-        """Compute a state on one device and copy it to the others."""
-        return self.place(init())
+        """Compute a state on one device, as one program, and copy it to the others."""
+        return self.place(jax.jit(init)())
 
     def put(self, batch: Batch) -> Batch:
         """Cut a host batch into one part a device and start the transfer."""

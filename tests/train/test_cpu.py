@@ -1,14 +1,17 @@
-"""Freed memory stays with the process: a large block is not cleared by the system each time it is asked for."""
+"""Settings of a process that computes on the CPU."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from mae_jax.train import cpu
+
 FAULTS = """
 import ctypes, resource, sys
-from mae_jax.train.host_memory import keep_freed_memory
+from mae_jax.train.cpu import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
@@ -30,3 +33,22 @@ def test_a_block_that_comes_again_is_not_cleared_again():
         for word in ("plain", "keep")
     )
     assert kept < 100 < plain
+
+
+def test_flags_that_are_given_stay(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true --xla_dump_to=x")
+    cpu.tune_compiler()
+    cpu.tune_compiler()
+    assert os.environ["XLA_FLAGS"] == (
+        "--xla_cpu_multi_thread_eigen=true --xla_dump_to=x --xla_backend_optimization_level=1"
+    )
+
+
+def test_beside_an_accelerator_nothing_is_set(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: object())
+    cpu.settle()
+    assert os.environ["XLA_FLAGS"] == ""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert cpu.alone()

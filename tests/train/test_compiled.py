@@ -1,0 +1,55 @@
+"""Programs are kept between processes, and nothing fails where they cannot be."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import jax
+from mae_jax.train.compiled import keep_compiled
+print(keep_compiled())
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+print(jax.jit(lambda x: x + 1)(41))
+"""
+
+
+def call(home, **environment):
+    """The two lines that SCRIPT prints."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_COMP", "JAX_ENABLE", "JAX_P"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        env=plain | {"XDG_CACHE_HOME": str(home)} | environment,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+def test_programs_are_kept_in_the_users_cache(tmp_path):
+    folder, result = call(tmp_path)
+    assert (result, os.path.dirname(folder)) == ("42", str(tmp_path / "mae_jax"))
+    kept = sorted(os.listdir(folder))
+    assert any(name.startswith("jit__lambda") for name in kept)
+    assert call(tmp_path) == [folder, "42"]
+    assert sorted(os.listdir(folder)) == kept
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"XDG_CACHE_HOME": "/dev/null"},
+        {"XDG_CACHE_HOME": "/proc"},
+        {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+    ],
+)
+def test_where_nothing_can_be_kept_nothing_is(tmp_path, environment):
+    assert call(tmp_path, **environment) == ["None", "42"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_jaxs_own_variable_says_where(tmp_path):
+    assert call(tmp_path / "home", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")) == [str(tmp_path / "own"), "42"]
+    assert os.listdir(tmp_path) == ["own"]
