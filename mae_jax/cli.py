@@ -417,6 +417,40 @@ def inspect(
     return 1 if report.damaged else 0
 
 
+def bench(
+    model: tyro.conf.Positional[str],
+    /,
+    batches: tuple[int, ...] = (64,),
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+    mask_tokens: Literal["none", "encoder", "both"] = "none",
+    remat: bool = False,
+    steps: int = 30,
+    warmup: int = 3,
+    json: bool = False,
+) -> int:
+    """Time the training step on one device: mae-jax bench MODEL --batches 256 --dtype bfloat16.
+
+    Medians, FLOP/s from the model's definition, and their share of what the device multiplies at its best.
+
+    Args:
+      model: vit_small_patch16, vit_base_patch16, vit_large_patch16, vit_huge_patch14, or the model of a preset.
+      batches: Images in a step; several are timed in a process each.
+      dtype: Of matrix products.
+      mask_tokens: The encoder sees mask tokens (the paper's Table 1c), or not, or both one after the other.
+      remat: Recompute each block in the backward pass.
+      steps: Timed steps.
+      warmup: Steps before them.
+      json: Print a line of JSON for each row in place of the table.
+    """
+    from mae_jax.train import cpu
+
+    cpu.settle()
+    _prepare_jax(dtype)
+    from mae_jax.bench.run import rows, show
+
+    return show(rows(model, batches, dtype, mask_tokens, remat, steps, warmup), model, json)
+
+
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar over images, where somebody is looking."""
@@ -445,6 +479,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "port": _tyro_command(port),
     "prepare": _tyro_command(prepare),
     "inspect": _tyro_command(inspect),
+    "bench": _tyro_command(bench),
 }
 
 

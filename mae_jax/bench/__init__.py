@@ -1,0 +1,1 @@
+"""How fast the training step is, against the model's definition and against what the device can multiply."""

@@ -1,0 +1,107 @@
+"""`mae-jax bench`: this project's step alone, over batch sizes, with and without mask tokens in the encoder."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from mae_jax.bench.matrix import MatrixRate, matrix_rate
+from mae_jax.bench.step import bench_config, ready_step
+from mae_jax.bench.table import HEAD, Figures, caption, figures, line
+from mae_jax.errors import StatedError
+
+# He et al. 2021, Table 2: times as fast without mask tokens in the encoder as with, decoder of 8 blocks.
+PAPER_FACTORS = {"vit_large_patch16": 2.8, "vit_huge_patch14": 3.5}
+
+MaskTokens = Literal["none", "encoder", "both"]
+
+
+def time_steps(
+    model: str, batch: int, dtype: str, steps: int, warmup: int, mask_tokens: bool = False, remat: bool = False
+) -> Figures:
+    """The figures of one configuration; peak memory is that of this process, so each is to have its own.
+
+    Raises:
+      StatedError: a value is refused.
+    """
+    if steps < 1 or warmup < 1:
+        raise StatedError(f"steps {steps} and warmup {warmup} must be positive")
+    config = bench_config(model, batch, dtype, mask_tokens, remat)
+    ready = ready_step(config)
+    for _ in range(warmup):
+        ready.step()
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        ready.step()
+        seconds.append(time.perf_counter() - began)
+    peak = ready.peak_bytes()  # before the large product
+    rate = matrix_rate(dtype)
+    told = {"side": "jax, tokens" if mask_tokens else "jax", "model": model, "remat": remat}
+    about = {"version": ready.version, "device": ready.device, "matrix_size": rate.size}
+    return told | about | figures(config, seconds, peak, ready.compile_seconds, rate)
+
+
+def in_own_process(model: str, batch: int, words: Sequence[str]) -> Figures:
+    """The same, in a process of its own; one that fails leaves a row that says why."""
+    command = [sys.executable, "-m", "mae_jax.cli", "bench", model, "--batches", str(batch), "--json", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        row: Figures = json.loads(done.stdout)
+        return row
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return {"side": "jax", "batch": batch, "failed": last[:200]}
+
+
+def rows(
+    model: str,
+    batches: Sequence[int],
+    dtype: str,
+    mask_tokens: MaskTokens,
+    remat: bool,
+    steps: int,
+    warmup: int,
+) -> Iterator[Figures]:
+    """One for each batch, two where mask tokens are compared.
+
+    Raises:
+      StatedError: a value is refused.
+    """
+    variants = {"none": [False], "encoder": [True], "both": [True, False]}[mask_tokens]
+    if not batches:
+        raise StatedError("batches is empty: give at least one, such as --batches 64")
+    for batch in batches:
+        for tokens in variants:
+            bench_config(model, batch, dtype, tokens, remat)  # refused here, before any work
+    if len(batches) * len(variants) == 1:
+        yield time_steps(model, batches[0], dtype, steps, warmup, variants[0], remat)
+        return
+    common = [f"--dtype={dtype}", f"--steps={steps}", f"--warmup={warmup}", *(["--remat"] if remat else [])]
+    for batch in batches:
+        for tokens in variants:
+            yield in_own_process(model, batch, [*common, f"--mask-tokens={'encoder' if tokens else 'none'}"])
+
+
+def show(found: Iterator[Figures], model: str, as_json: bool) -> int:
+    """Print rows as they come: a table, or a line of JSON each. The exit code: 1 where a row failed."""
+    with_tokens: Figures | None = None
+    failed = begun = False
+    for row in found:
+        failed = failed or "failed" in row
+        if as_json:
+            print(json.dumps(row), flush=True)
+            continue
+        if not begun and "failed" not in row:
+            rate = MatrixRate(row["matrix_tflops_per_second"] * 1e12, row["matrix_size"], row["dtype"])
+            print(f"{caption(model, rate, row['device'])}\n{HEAD}")
+            begun = True
+        print(line(row), flush=True)
+        if "failed" in row or row["mask_tokens"]:
+            with_tokens = None if "failed" in row else row
+        elif with_tokens is not None:
+            factor = with_tokens["milliseconds"] / row["milliseconds"]
+            paper = f" (the paper: {PAPER_FACTORS[model]})" if model in PAPER_FACTORS else ""
+            print(f"without mask tokens in the encoder {factor:.2f} times as fast as with{paper}", flush=True)
+    return int(failed)

@@ -1,0 +1,62 @@
+"""A benchmark's figures, for people and for programs."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from mae_jax.bench.matrix import MatrixRate
+from mae_jax.config import PretrainConfig
+from mae_jax.models.flops import training_flops
+
+Figures = dict[str, Any]
+
+
+def figures(
+    config: PretrainConfig, seconds: Sequence[float], peak_bytes: int, compile_seconds: float, rate: MatrixRate
+) -> Figures:
+    """Of one side: `seconds` are those of its timed steps.
+
+    FLOP count the model's definition (mae_jax/models/flops.py), forward and backward as three times forward.
+    """
+    median, batch = statistics.median(seconds), config.batch_size
+    flops = training_flops(config.model) * batch / median
+    return {
+        "batch": batch,
+        "dtype": config.model.dtype,
+        "mask_tokens": config.model.encoder_mask_tokens,
+        "timed_steps": len(seconds),
+        "images_per_second": batch / median,
+        "milliseconds": median * 1e3,
+        "tflops_per_second": flops / 1e12,
+        "matrix_tflops_per_second": rate.flops / 1e12,
+        "share_of_matrix_rate": flops / rate.flops,
+        "peak_mib": peak_bytes / 2**20,
+        "compile_seconds": compile_seconds,
+    }
+
+
+HEAD = (
+    f"{'side':14}{'batch':>6}{'images/s':>10}{'ms':>10}{'TFLOP/s':>9}{'share':>7}{'peak MiB':>10}{'compile s':>10}"
+    f"{'jax : it':>9}  version"
+)
+
+
+def line(row: Figures) -> str:
+    """A row under HEAD."""
+    if "failed" in row:
+        return f"{row['side']:14}{row['batch']:6}  {row['failed']}"
+    ratio = row.get("ratio_first_over_this")
+    return (
+        "{side:14}{batch:6}{images_per_second:10.2f}{milliseconds:10.1f}{tflops_per_second:9.3f}"
+        "{share_of_matrix_rate:7.1%}{peak_mib:10.0f}{compile_seconds:10.1f}".format(**row)
+        + (" " * 9 if ratio is None else f"{ratio:9.3f}")
+        + f"  {row['version']}"
+    )
+
+
+def caption(model: str, rate: MatrixRate, device: str) -> str:
+    """What the share is of."""
+    return (
+        f"{model} on {device}; share: of {rate.flops / 1e12:.3g} TFLOP/s, measured in this run by a product of two "
+        f"{rate.size} x {rate.size} matrices in {rate.dtype}"
+    )
