@@ -16,9 +16,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+from mae_jax.bench.setting import ReadyStep, bench_config, peak_host_bytes, pixels
+from mae_jax.config import PretrainConfig
+from mae_jax.errors import StatedError
 
 SIDES = ("jax", "torch", "torch-compile")
 PAUSE = 0.3  # seconds between sides: thread pools spin for a while after their work
@@ -41,20 +43,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-@dataclass(frozen=True)
-class Side:
-    """A step ready to be timed; torch.compile's time is told from its first step."""
-
-    step: Callable[[], None]
-    peak_bytes: Callable[[], int]
-    version: str
-    device: str
-    compile_seconds: float = 0.0
-    matrix: tuple[float, int, str] | None = None
+def config_of(arguments: argparse.Namespace) -> PretrainConfig:
+    """What all sides train."""
+    return bench_config(arguments.model, arguments.batch, arguments.dtype, arguments.mask_tokens)
 
 
-def jax_side(arguments: argparse.Namespace) -> Side:
-    """This project's step, as `mae-jax pretrain` runs it."""
+def jax_side(arguments: argparse.Namespace) -> tuple[ReadyStep, tuple[float, int, str]]:
+    """This project's step, as `mae-jax pretrain` runs it, and the device's matrix rate."""
     from mae_jax.train import cpu
 
     if arguments.device is not None:
@@ -65,22 +60,20 @@ def jax_side(arguments: argparse.Namespace) -> Side:
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")
 
     from mae_jax.bench.matrix import matrix_rate
-    from mae_jax.bench.step import bench_config, ready_step
+    from mae_jax.bench.step import ready_step
 
     rate = matrix_rate(arguments.dtype)
-    ready = ready_step(bench_config(arguments.model, arguments.batch, arguments.dtype, arguments.mask_tokens))
-    return Side(ready.step, ready.peak_bytes, ready.version, ready.device, ready.compile_seconds, tuple(rate))
+    return ready_step(config_of(arguments)), tuple(rate)
 
 
-def torch_side(arguments: argparse.Namespace, compiled: bool) -> Side:
+def torch_side(arguments: argparse.Namespace, compiled: bool) -> ReadyStep:
     """The reference's step, as a PyTorch user would run it: autocast, fused AdamW, optionally torch.compile."""
     import torch
 
-    from mae_jax.bench.step import bench_config, peak_host_bytes, pixels
     from parity.torch_mae import MaskedAutoencoder
     from parity.torch_train import adamw
 
-    config = bench_config(arguments.model, arguments.batch, arguments.dtype, arguments.mask_tokens)
+    config = config_of(arguments)
     device_kind = arguments.device or ("gpu" if torch.cuda.is_available() else "cpu")
     device = torch.device({"cpu": "cpu", "gpu": "cuda"}[device_kind])
     model_config = config.model
@@ -107,20 +100,25 @@ def torch_side(arguments: argparse.Namespace, compiled: bool) -> Side:
         return peak_host_bytes() if device.type == "cpu" else torch.cuda.max_memory_allocated()
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return Side(step, peak_bytes, f"torch {torch.__version__}", name)
+    return ReadyStep(step, peak_bytes, 0.0, f"torch {torch.__version__}", name)
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Be one side: warm up, then time as many steps as each line of standard input says."""
     name = arguments.serve
-    side = jax_side(arguments) if name == "jax" else torch_side(arguments, compiled=name == "torch-compile")
+    matrix = None
+    if name == "jax":
+        side, matrix = jax_side(arguments)
+    else:
+        side = torch_side(arguments, compiled=name == "torch-compile")
     seconds = []
     for _ in range(1 + arguments.warmup):
         began = time.perf_counter()
         side.step()
         seconds.append(time.perf_counter() - began)
+    # torch.compile works at the first step.
     compiling = max(0.0, seconds[0] - seconds[-1]) if name == "torch-compile" else side.compile_seconds
-    about = {"version": side.version, "device": side.device, "compile_seconds": compiling, "matrix": side.matrix}
+    about = {"version": side.version, "device": side.device, "compile_seconds": compiling, "matrix": matrix}
     print(json.dumps(about), flush=True)
     for line in sys.stdin:
         seconds = []
@@ -176,6 +174,10 @@ def main() -> None:
     for name in ("batch", "rounds", "steps", "warmup"):
         if getattr(arguments, name) < 1:
             raise SystemExit(f"--{name} {getattr(arguments, name)} must be positive")
+    try:
+        config_of(arguments)
+    except StatedError as error:
+        raise SystemExit(str(error)) from error
     sides = [Process(name, words) for name in names]
     if len({side.about["device"] for side in sides}) > 1:
         found = ", ".join(f"{side.name} on {side.about['device']}" for side in sides)
@@ -191,10 +193,9 @@ def main() -> None:
 def report(sides: list[Process], arguments: argparse.Namespace) -> None:
     """Print all sides' figures; `ratio_first_over_this` is the first side's speed over a side's, median of rounds."""
     from mae_jax.bench.matrix import MatrixRate
-    from mae_jax.bench.step import bench_config
     from mae_jax.bench.table import HEAD, caption, figures, line
 
-    config = bench_config(arguments.model, arguments.batch, arguments.dtype, arguments.mask_tokens)
+    config = config_of(arguments)
     rate, rows = MatrixRate(*sides[0].about["matrix"]), []
     for side in sides:
         seconds = [second for round_ in side.rounds for second in round_]

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from mae_jax.bench.matrix import MatrixRate, matrix_rate
-from mae_jax.bench.step import bench_config, ready_step
+from mae_jax.bench.setting import bench_config
+from mae_jax.bench.step import ready_step
 from mae_jax.bench.table import HEAD, Figures, caption, figures, line
+from mae_jax.config import Dtype
 from mae_jax.errors import StatedError
 
 # He et al. 2021, Table 2: times as fast without mask tokens in the encoder as with, decoder of 8 blocks.
@@ -19,7 +21,7 @@ MaskTokens = Literal["none", "encoder", "both"]
 
 
 def time_steps(
-    model: str, batch: int, dtype: str, steps: int, warmup: int, mask_tokens: bool = False, remat: bool = False
+    model: str, batch: int, dtype: Dtype, steps: int, warmup: int, mask_tokens: bool = False, remat: bool = False
 ) -> Figures:
     """The figures of one configuration; peak memory is that of this process, so each is to have its own.
 
@@ -39,26 +41,32 @@ def time_steps(
         seconds.append(time.perf_counter() - began)
     peak = ready.peak_bytes()  # before the large product
     rate = matrix_rate(dtype)
-    told = {"side": "jax, tokens" if mask_tokens else "jax", "model": model, "remat": remat}
+    told = {"side": side(mask_tokens), "model": model, "remat": remat}
     about = {"version": ready.version, "device": ready.device, "matrix_size": rate.size}
     return told | about | figures(config, seconds, peak, ready.compile_seconds, rate)
 
 
-def in_own_process(model: str, batch: int, words: Sequence[str]) -> Figures:
+def side(mask_tokens: bool) -> str:
+    """What a row is called."""
+    return "jax, tokens" if mask_tokens else "jax"
+
+
+def in_own_process(model: str, batch: int, mask_tokens: bool, words: Sequence[str]) -> Figures:
     """The same, in a process of its own; one that fails leaves a row that says why."""
     command = [sys.executable, "-m", "mae_jax.cli", "bench", model, "--batches", str(batch), "--json", *words]
+    command.append(f"--mask-tokens={'encoder' if mask_tokens else 'none'}")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         row: Figures = json.loads(done.stdout)
         return row
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return {"side": "jax", "batch": batch, "failed": last[:200]}
+    return {"side": side(mask_tokens), "batch": batch, "failed": last[:200]}
 
 
 def rows(
     model: str,
     batches: Sequence[int],
-    dtype: str,
+    dtype: Dtype,
     mask_tokens: MaskTokens,
     remat: bool,
     steps: int,
@@ -81,7 +89,7 @@ def rows(
     common = [f"--dtype={dtype}", f"--steps={steps}", f"--warmup={warmup}", *(["--remat"] if remat else [])]
     for batch in batches:
         for tokens in variants:
-            yield in_own_process(model, batch, [*common, f"--mask-tokens={'encoder' if tokens else 'none'}"])
+            yield in_own_process(model, batch, tokens, common)
 
 
 def show(found: Iterator[Figures], model: str, as_json: bool) -> int:

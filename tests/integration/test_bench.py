@@ -45,3 +45,10 @@ def test_this_projects_side_needs_no_data_libraries(tmp_path_factory: pytest.Tem
     about, timed = map(json.loads, done.stdout.splitlines())
     assert about["version"].startswith("jax ")
     assert len(timed["seconds"]) == 2
+
+
+def test_the_setting_imports_no_framework() -> None:
+    """Else the memory of one would count as the other's."""
+    said = "import sys, mae_jax.bench.setting, parity.torch_mae, parity.torch_train; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"
