@@ -54,7 +54,8 @@ def jax_side(arguments: argparse.Namespace) -> tuple[ReadyStep, tuple[float, int
 
     if arguments.device is not None:
         os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[arguments.device]
-    cpu.settle()
+    config = config_of(arguments)
+    cpu.settle(config.model, config.batch_size)
     import jax
 
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")
@@ -63,7 +64,7 @@ def jax_side(arguments: argparse.Namespace) -> tuple[ReadyStep, tuple[float, int
     from mae_jax.bench.step import ready_step
 
     rate = matrix_rate(arguments.dtype)
-    return ready_step(config_of(arguments)), tuple(rate)
+    return ready_step(config), tuple(rate)
 
 
 def torch_side(arguments: argparse.Namespace, compiled: bool) -> ReadyStep:

@@ -8,6 +8,9 @@ import importlib.util
 import os
 import platform
 
+from mae_jax.config import ModelConfig
+from mae_jax.models.flops import training_flops
+
 # Parameters of mallopt(3), from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
@@ -23,24 +26,29 @@ def alone() -> bool:
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
 
 
-def settle() -> None:
-    """Make all of these settings, where the CPU is alone."""
+# Floating-point operations of a step that is slowed more by one arena's search for memory than by clearing pages.
+SMALL_STEP = 4e9
+
+
+def settle(model: ModelConfig, batch_size: int) -> None:
+    """Make all of these settings, where the CPU is alone, for steps of this size."""
     if alone():
-        keep_freed_memory()
+        keep_freed_memory(arenas=1 if training_flops(model) * batch_size > SMALL_STEP else 4)
         tune_compiler()
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(arenas: int) -> bool:
     """Let this process keep the memory that it frees; True if done.
 
-    A step's activations are one block of gigabytes, which glibc asks the system for and gives back every time: the
-    system then clears each page anew, a seventh of a step's time. JAX's threads would have arenas of their own, which
-    cannot hold such blocks.
+    A large step's activations are one block of gigabytes, which glibc asks the system for and gives back every time:
+    the system then clears each page anew, a seventh of a step's time. An arena of a thread's own cannot hold more than
+    64 MB, so large steps are given one arena for all. Small steps ask for little, but often, and the compiler leaves
+    that one arena in thousands of pieces to search: they are given a few, and compile in them side by side.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    # One arena, no separate mappings, nothing given back.
-    settings = (M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)
+    # No separate mappings, nothing given back.
+    settings = (M_ARENA_MAX, arenas), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)
     return all([ctypes.CDLL(None).mallopt(*setting) for setting in settings])
 
 

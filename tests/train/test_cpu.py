@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from mae_jax.config import MODELS
+from mae_jax.presets import PRESETS
 from mae_jax.train import cpu
 
 FAULTS = """
@@ -14,7 +16,7 @@ import ctypes, resource, sys
 from mae_jax.train.cpu import keep_freed_memory
 
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert keep_freed_memory(1)
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 for _ in range(3):
@@ -48,7 +50,17 @@ def test_beside_an_accelerator_nothing_is_set(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: object())
-    cpu.settle()
+    cpu.settle(MODELS["vit_base_patch16"], 256)
     assert os.environ["XLA_FLAGS"] == ""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert cpu.alone()
+
+
+def test_small_steps_search_several_arenas(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    given = []
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda arenas: given.append(arenas))
+    for model, batch in ((PRESETS["digits"]().model, 128), (MODELS["vit_small_patch16"], 16)):
+        cpu.settle(model, batch)
+    assert given == [4, 1]
