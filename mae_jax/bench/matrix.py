@@ -2,21 +2,14 @@
 
 import statistics
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mae_jax.bench.table import MatrixRate
+
 # Factors are square. On a CPU the larger one would take minutes, and gains nothing.
 SIZE, CPU_SIZE = 8192, 1024
-
-
-class MatrixRate(NamedTuple):
-    """flops: a second, two for each multiply-add."""
-
-    flops: float
-    size: int
-    dtype: str
 
 
 def matrix_rate(dtype: str, repeats: int = 10) -> MatrixRate:

@@ -7,15 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from mae_jax.bench.matrix import MatrixRate, matrix_rate
+from mae_jax.bench.matrix import matrix_rate
 from mae_jax.bench.setting import bench_config
 from mae_jax.bench.step import ready_step
-from mae_jax.bench.table import HEAD, Figures, caption, figures, line
+from mae_jax.bench.table import HEAD, Figures, MatrixRate, caption, factor_line, figures, line
 from mae_jax.config import Dtype
 from mae_jax.errors import StatedError
-
-# He et al. 2021, Table 2: times as fast without mask tokens in the encoder as with, decoder of 8 blocks.
-PAPER_FACTORS = {"vit_large_patch16": 2.8, "vit_huge_patch14": 3.5}
 
 MaskTokens = Literal["none", "encoder", "both"]
 
@@ -109,7 +106,5 @@ def show(found: Iterator[Figures], model: str, as_json: bool) -> int:
         if "failed" in row or row["mask_tokens"]:
             with_tokens = None if "failed" in row else row
         elif with_tokens is not None:
-            factor = with_tokens["milliseconds"] / row["milliseconds"]
-            paper = f" (the paper: {PAPER_FACTORS[model]})" if model in PAPER_FACTORS else ""
-            print(f"without mask tokens in the encoder {factor:.2f} times as fast as with{paper}", flush=True)
+            print(factor_line(model, with_tokens, row), flush=True)
     return int(failed)

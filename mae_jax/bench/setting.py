@@ -17,6 +17,7 @@ class ReadyStep:
 
     step: one step, waited for.
     peak_bytes: the most memory held so far, of the device or, on a CPU, of the process.
+    program: the compiled program as text, where there is one.
     """
 
     step: Callable[[], None]
@@ -24,6 +25,7 @@ class ReadyStep:
     compile_seconds: float
     version: str
     device: str
+    program: Callable[[], str] = str
 
 
 def named_model(name: str) -> ModelConfig:

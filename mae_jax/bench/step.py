@@ -39,4 +39,4 @@ def ready_step(config: PretrainConfig) -> ReadyStep:
     def peak_bytes() -> int:
         return peak_host_bytes() if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
 
-    return ReadyStep(step, peak_bytes, seconds, f"jax {jax.__version__}", device.device_kind)
+    return ReadyStep(step, peak_bytes, seconds, f"jax {jax.__version__}", device.device_kind, compiled.as_text)

@@ -2,10 +2,9 @@
 
 import pytest
 
-from mae_jax.bench.matrix import MatrixRate
 from mae_jax.bench.run import show
 from mae_jax.bench.setting import bench_config
-from mae_jax.bench.table import figures
+from mae_jax.bench.table import MatrixRate, figures
 from mae_jax.errors import StatedError
 from mae_jax.models.flops import training_flops
 

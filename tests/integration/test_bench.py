@@ -49,6 +49,39 @@ def test_this_projects_side_needs_no_data_libraries(tmp_path_factory: pytest.Tem
 
 def test_the_setting_imports_no_framework() -> None:
     """Else the memory of one would count as the other's."""
-    said = "import sys, mae_jax.bench.setting, parity.torch_mae, parity.torch_train; print('jax' in sys.modules)"
+    modules = "mae_jax.bench.setting, mae_jax.bench.table, parity.torch_mae, parity.torch_train"
+    said = f"import sys, {modules}; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.slow
+def test_sides_in_turn_over_batches_and_mask_tokens(tmp_path_factory: pytest.TempPathFactory) -> None:
+    words = ["--model=digits", "--batch", "8", "--against=torch", "--rounds=2", "--steps=2", "--mask-tokens=both"]
+    done = bench_step(tmp_path_factory, *words, "--json")
+    assert done.returncode == 0, done.stderr
+    with_tokens, without = map(json.loads, done.stdout.splitlines())
+    assert [row["side"] for row in with_tokens + without] == ["jax", "torch"] * 2
+    assert [row["mask_tokens"] for row in with_tokens + without] == [True, True, False, False]
+    assert with_tokens[0]["tflops_per_second"] * with_tokens[0]["milliseconds"] > 1.4 * (
+        without[0]["tflops_per_second"] * without[0]["milliseconds"]
+    )
+    assert without[1]["ratio_first_over_this"] > 0
+
+
+def test_a_side_that_fails_leaves_a_row(tmp_path_factory: pytest.TempPathFactory) -> None:
+    done = bench_step(tmp_path_factory, "--model=digits", "--batch", "8", "--against=", "--json", JAX_PLATFORMS="none")
+    assert done.returncode == 1
+    ((row,),) = map(json.loads, done.stdout.splitlines())
+    assert row["side"] == "jax"
+    assert "none" in row["failed"]
+
+
+def bench_step(factory: pytest.TempPathFactory, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "scripts/bench_step.py", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | quick_compilation(factory) | variables,
+    )

@@ -1,0 +1,89 @@
+"""Where a training step's time goes, by operation, as text.
+
+    python scripts/profile_step.py --model vit_large_patch16 --batch 256 --dtype bfloat16 --out profile.txt
+
+Operations are the compiled program's; those that the same line of the model made in different blocks are one row.
+Durations are of the device (on a CPU: of all its threads together, so they can add up to more than the step took).
+"""
+
+import argparse
+import collections
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mae_jax.bench.setting import bench_config
+
+INSTRUCTION = re.compile(r'\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"')
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="A step's time by operation.")
+    parser.add_argument("--model", default="vit_small_patch16", help="a model, or the name of a preset")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--out", type=Path, help="a file; without it the table is printed")
+    return parser.parse_args()
+
+
+def origins(program: str) -> dict[str, str]:
+    """Each instruction's place in the model, numbers of blocks left out."""
+    found = (INSTRUCTION.match(text) for text in program.splitlines())
+    return {match[1]: re.sub(r"\d+", "*", match[2].partition("/")[2]) for match in found if match}
+
+
+def main() -> None:
+    arguments = parse()
+    config = bench_config(arguments.model, arguments.batch, arguments.dtype)
+    from mae_jax.train import cpu
+
+    cpu.settle(config.model, config.batch_size)
+    import jax
+
+    from mae_jax.bench.step import ready_step
+
+    ready = ready_step(config)
+    for _ in range(3):
+        ready.step()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            began = time.perf_counter()
+            for _ in range(arguments.steps):
+                ready.step()
+            milliseconds = (time.perf_counter() - began) / arguments.steps * 1e3
+        trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
+    places, spent, count = origins(ready.program()), collections.Counter(), collections.Counter()
+    for plane in trace.planes:
+        for thread in plane.lines:
+            for event in thread.events:
+                name = dict(event.stats).get("hlo_op")
+                if name is not None:
+                    # A fusion's number says nothing; which kind it is does.
+                    row = str(name).partition(".")[0], places.get(str(name), "")
+                    spent[row] += event.duration_ns / 1e6 / arguments.steps
+                    count[row] += 1
+    total = spent.total()
+    if not total:
+        sys.exit("the profiler has told of no operation")
+    lines = [
+        f"{arguments.model}, batch {arguments.batch}, {arguments.dtype}, on {ready.device}, {ready.version}: "
+        f"{milliseconds:.2f} ms a step while profiled, {total:.2f} ms of operations",
+        f"{'ms':>9}{'share':>7}{'times':>7}  operation, where it comes from",
+    ]
+    for (kind, place), spent_here in spent.most_common(arguments.rows):
+        times = count[kind, place] / arguments.steps
+        lines.append(f"{spent_here:9.3f}{spent_here / total:7.1%}{times:7.0f}  {kind}  {place}")
+    text = "\n".join(lines)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
