@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,9 +78,38 @@ def test_a_side_that_fails_leaves_a_row(tmp_path_factory: pytest.TempPathFactory
     assert "none" in row["failed"]
 
 
+def test_a_profile_names_operations_and_where_they_come_from(tmp_path_factory: pytest.TempPathFactory) -> None:
+    done = script(tmp_path_factory, "profile_step.py", "--model=digits", "--batch=8", "--steps=2", "--rows=500")
+    assert done.returncode == 0, done.stderr
+    assert "digits, batch 8, float32" in done.stdout
+    assert "dot" in done.stdout
+    assert "encoder.blocks/block_*/mlp/fc*" in done.stdout
+
+
+def test_the_gpu_table_goes_on_where_it_was_cut(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    words = [f"--out={tmp_path}", "--models", "digits", "--batch=8", "--rounds=1", "--dtype=float32", "--device=cpu"]
+    whole = script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0")
+    assert "0 jobs done, 7 left" in whole.stdout, whole.stderr
+    compared = ["bench_step.py", "--model=digits", "--dtype=float32", "--device=cpu", "--json", "--rounds=1"]
+    compared += ["--batch=8", "--against=torch,torch-compile"]
+    row = {"side": "jax", "batch": 8, "failed": "out of memory"}
+    done = json.dumps({"job": 0, "title": "Beside PyTorch", "words": compared, "rows": [row]})
+    (tmp_path / "rows.jsonl").write_text(f'{done}\n{{"job": 1, "ti')
+    assert "1 jobs done, 6 left" in script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0").stdout
+    assert "out of memory" in (tmp_path / "report.md").read_text()
+    other = script(tmp_path_factory, "bench_gpu.py", *words[:-1], "--device=gpu", "--minutes=0")
+    assert (other.returncode, "is of another command" in other.stderr) == (1, True)
+
+
 def bench_step(factory: pytest.TempPathFactory, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return script(factory, "bench_step.py", *words, **variables)
+
+
+def script(
+    factory: pytest.TempPathFactory, name: str, *words: str, **variables: str
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "scripts/bench_step.py", *words],
+        [sys.executable, f"scripts/{name}", *words],
         capture_output=True,
         text=True,
         cwd=ROOT,

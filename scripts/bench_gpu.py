@@ -1,0 +1,143 @@
+"""The whole GPU table in one command: this project beside PyTorch, batches, mask tokens, memory, compilation, profiles.
+
+    python scripts/bench_gpu.py --out gpu_table --minutes 9      # again, until nothing is left
+
+Every job is a process of its own whose rows go into OUT/rows.jsonl as it ends; a job that is there already is skipped,
+so a run that was cut off goes on. OUT/report.md is written anew after each; a job not yet run is not in it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mae_jax.bench.table import HEAD, factor_line, line
+
+SCRIPTS = Path(__file__).resolve().parent
+LARGE_MODELS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
+KEEP = "keep compiled programs"  # among a job's words: it shares a cache with the others that have it
+
+Job = tuple[str, list[str]]  # what it shows, and the words of its command
+
+
+def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str) -> list[Job]:
+    """What is run, the most wanted first: the comparison is worth more than a sweep."""
+    common = [f"--dtype={dtype}", f"--device={device}", "--json", f"--rounds={rounds}"]
+    alone = ["--against="]
+    largest = models[-1]
+
+    def step(model: str, *words: str) -> list[str]:
+        return ["bench_step.py", f"--model={model}", *common, *words]
+
+    compared = [
+        ("Beside PyTorch", step(model, f"--batch={batch}", "--against=torch,torch-compile")) for model in models
+    ]
+    kept = [
+        (f"Compilation, {start} start", step(largest, f"--batch={batch}", *alone, KEEP))
+        for start in ("first", "second")
+    ]
+    profiles = [
+        ("Profile", ["profile_step.py", f"--model={model}", f"--batch={batch}", f"--dtype={dtype}"]) for model in models
+    ]
+    tokens = [
+        ("Mask tokens", step(model, f"--batch={batch // 4}", *alone, "--mask-tokens=both")) for model in models[1:]
+    ]
+    memory = [
+        ("Largest batch", step(largest, f"--batch={batch}", *alone, "--largest-batch", *remat))
+        for remat in ([], ["--remat"])
+    ]
+    sizes = [str(size) for size in (batch // 4, batch // 2, batch * 2)]
+    sweeps = [("Batches", [*step(model, *alone), "--batch", *sizes]) for model in models]
+    return compared + kept + profiles + tokens + memory + sweeps
+
+
+def run(number: int, job: Job, out: Path) -> dict[str, Any]:
+    """One job's rows, or its text."""
+    title, words = job
+    cache = str((out / "compiled").resolve())
+    keep = KEEP in words
+    command = [sys.executable, str(SCRIPTS / words[0]), *(word for word in words[1:] if word != KEEP)]
+    variables = {"JAX_COMPILATION_CACHE_DIR": cache} if keep else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+    print(f"{title}: {' '.join(words)}: {time.monotonic() - began:.0f} s", flush=True)
+    told = {"job": number, "title": title, "words": words}
+    if words[0] == "profile_step.py" and done.returncode == 0:
+        return told | {"text": done.stdout}
+    rows = [row for text in done.stdout.splitlines() if text.startswith("[") for row in json.loads(text)]
+    if not rows:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        rows = [{"side": title, "batch": 0, "failed": said[-1][:200]}]
+    return told | {"rows": rows}
+
+
+def report(found: list[dict[str, Any]]) -> str:
+    """All that is known, as Markdown."""
+    parts = ["# The training step on a GPU\n"]
+    for job in found:
+        model = next(word.partition("=")[2] for word in job["words"] if word.startswith("--model="))
+        words = " ".join(word for word in job["words"] if word != KEEP)
+        kept = "JAX_COMPILATION_CACHE_DIR=compiled " if KEEP in job["words"] else ""
+        parts.append(f"## {job['title']}: {model}\n\n`{kept}python scripts/{words}`\n\n```")
+        if "text" in job:
+            parts.append(job["text"].rstrip())
+        else:
+            good = [row for row in job["rows"] if "failed" not in row]
+            if good:
+                rate, size = good[0]["matrix_tflops_per_second"], good[0]["matrix_size"]
+                parts.append(f"{good[0]['device']}; matrix product of {size}: {rate:.4g} TFLOP/s; {good[0]['dtype']}")
+            parts += [HEAD, *map(line, job["rows"])]
+            parts += [
+                f"batch {row['largest_batch_below']} does not fit" for row in good if "largest_batch_below" in row
+            ]
+            if len(good) == 2 and good[0]["mask_tokens"] and not good[1]["mask_tokens"]:
+                parts.append(factor_line(model, good[0], good[1]))
+        parts.append("```\n")
+    return "\n".join(parts)
+
+
+def write_report(out: Path, known: dict[int, dict[str, Any]]) -> None:
+    """Of the jobs that are done, in the order of the table."""
+    (out / "report.md").write_text(report([known[number] for number in sorted(known)]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The GPU table.")
+    parser.add_argument("--out", type=Path, default=Path("gpu_table"))
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no job after so many")
+    parser.add_argument("--models", nargs="+", default=list(LARGE_MODELS), help="the last is the one that must fit")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=10, help="of 3 steps")
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    arguments = parser.parse_args()
+    began, out = time.monotonic(), arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "rows.jsonl"
+    lines = record.read_text().splitlines(keepends=True) if record.exists() else []
+    found = [json.loads(text) for text in lines if text.endswith("\n")]
+    record.write_text("".join(json.dumps(job) + "\n" for job in found))  # without a last line that a kill cut short
+    wanted = jobs(arguments.models, arguments.batch, arguments.dtype, arguments.rounds, arguments.device)
+    known = {job["job"]: job for job in found}
+    for number, job in enumerate(wanted):
+        if number in known:
+            if known[number]["words"] != job[1]:
+                sys.exit(f"{record} is of another command: choose another --out")
+            continue
+        if time.monotonic() - began > arguments.minutes * 60:
+            break
+        known[number] = run(number, job, out)
+        with record.open("a") as file:
+            file.write(json.dumps(known[number]) + "\n")
+        write_report(out, known)
+    write_report(out, known)
+    left = len(wanted) - len(known)
+    print(f"{out / 'report.md'}: {len(known)} jobs done" + (f", {left} left: run this again" if left else ""))
+
+
+if __name__ == "__main__":
+    main()
