@@ -1,6 +1,6 @@
 """The whole GPU table in one command: this project beside PyTorch, batches, mask tokens, memory, compilation, profiles.
 
-    python scripts/bench_gpu.py --out gpu_table --minutes 9      # again, until nothing is left
+    python scripts/bench_gpu.py --out gpu_table --minutes 5      # again, until nothing is left
 
 Every job is a process of its own whose rows go into OUT/rows.jsonl as it ends; a job that is there already is skipped,
 so a run that was cut off goes on. OUT/report.md is written anew after each; a job not yet run is not in it.
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mae_jax.bench.table import HEAD, factor_line, line
+from mae_jax.bench.table import HEAD, factor_line, line, reason
 
 SCRIPTS = Path(__file__).resolve().parent
 LARGE_MODELS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
@@ -70,8 +70,7 @@ def run(number: int, job: Job, out: Path) -> dict[str, Any]:
         return told | {"text": done.stdout}
     rows = [row for text in done.stdout.splitlines() if text.startswith("[") for row in json.loads(text)]
     if not rows:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        rows = [{"side": title, "batch": 0, "failed": said[-1][:200]}]
+        rows = [{"side": title, "batch": 0, "failed": reason(done.stderr, done.returncode)}]
     return told | {"rows": rows}
 
 
@@ -90,6 +89,8 @@ def report(found: list[dict[str, Any]]) -> str:
             if good:
                 rate, size = good[0]["matrix_tflops_per_second"], good[0]["matrix_size"]
                 parts.append(f"{good[0]['device']}; matrix product of {size}: {rate:.4g} TFLOP/s; {good[0]['dtype']}")
+            if len({row["side"] for row in job["rows"]}) > 1 and not all(row["in_turn"] for row in good):
+                parts.append("too little memory for all sides at once: timed one after the other")
             parts += [HEAD, *map(line, job["rows"])]
             parts += [
                 f"batch {row['largest_batch_below']} does not fit" for row in good if "largest_batch_below" in row

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from mae_jax.bench.setting import bench_config
+from mae_jax.errors import StatedError
 
 INSTRUCTION = re.compile(r'\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"')
 
@@ -39,7 +40,13 @@ def origins(program: str) -> dict[str, str]:
 
 def main() -> None:
     arguments = parse()
-    config = bench_config(arguments.model, arguments.batch, arguments.dtype)
+    for name in ("steps", "rows"):
+        if getattr(arguments, name) < 1:
+            raise SystemExit(f"--{name} {getattr(arguments, name)} must be positive")
+    try:
+        config = bench_config(arguments.model, arguments.batch, arguments.dtype)
+    except StatedError as error:
+        raise SystemExit(str(error)) from error
     from mae_jax.train import cpu
 
     cpu.settle(config.model, config.batch_size)

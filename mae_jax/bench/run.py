@@ -10,7 +10,7 @@ from typing import Literal
 from mae_jax.bench.matrix import matrix_rate
 from mae_jax.bench.setting import bench_config
 from mae_jax.bench.step import ready_step
-from mae_jax.bench.table import HEAD, Figures, MatrixRate, caption, factor_line, figures, line
+from mae_jax.bench.table import HEAD, Figures, MatrixRate, caption, factor_line, figures, line, reason
 from mae_jax.config import Dtype
 from mae_jax.errors import StatedError
 
@@ -56,8 +56,7 @@ def in_own_process(model: str, batch: int, mask_tokens: bool, words: Sequence[st
     if done.returncode == 0:
         row: Figures = json.loads(done.stdout)
         return row
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return {"side": side(mask_tokens), "batch": batch, "failed": last[:200]}
+    return {"side": side(mask_tokens), "batch": batch, "failed": reason(done.stderr, done.returncode)}
 
 
 def rows(

@@ -11,7 +11,11 @@ Figures = dict[str, Any]
 
 
 class MatrixRate(NamedTuple):
-    """What the device multiplies at its best, in flops: a second, two for each multiply-add."""
+    """What the device multiplies at its best.
+
+    flops: floating-point operations a second, two for each multiply-add.
+    size: side of the square matrices that were multiplied.
+    """
 
     flops: float
     size: int
@@ -77,3 +81,10 @@ def factor_line(model: str, with_tokens: Figures, without: Figures) -> str:
     factor = with_tokens["milliseconds"] / without["milliseconds"]
     paper = f" (the paper: {PAPER_FACTORS[model]})" if model in PAPER_FACTORS else ""
     return f"{without['side']}: without mask tokens in the encoder {factor:.2f} times as fast as with{paper}"
+
+
+def reason(said: str, code: int) -> str:
+    """Of all that a process said, the line that tells why it ended, 200 characters at most."""
+    lines = [text.strip() for text in said.splitlines() if text.strip()]
+    telling = [text for text in lines if "out of memory" in text.lower() or "RESOURCE_EXHAUSTED" in text]
+    return (telling or lines or [f"exit code {code}"])[-1][:200]

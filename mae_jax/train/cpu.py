@@ -19,6 +19,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_level=1"
 
 
+# A step of fewer floating-point operations loses more by searching one arena for memory than by pages cleared anew.
+SMALL_STEP = 4e9
+SMALL_STEP_ARENAS = 4
+
+
 def alone() -> bool:
     """Whether JAX finds the CPU alone, as far as can be told without importing it."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -26,19 +31,16 @@ def alone() -> bool:
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
 
 
-# Floating-point operations of a step that is slowed more by one arena's search for memory than by clearing pages.
-SMALL_STEP = 4e9
-
-
 def settle(model: ModelConfig, batch_size: int) -> None:
     """Make all of these settings, where the CPU is alone, for steps of this size."""
     if alone():
-        keep_freed_memory(arenas=1 if training_flops(model) * batch_size > SMALL_STEP else 4)
+        small = training_flops(model) * batch_size < SMALL_STEP
+        keep_freed_memory(SMALL_STEP_ARENAS if small else 1)
         tune_compiler()
 
 
 def keep_freed_memory(arenas: int) -> bool:
-    """Let this process keep the memory that it frees; True if done.
+    """Let this process keep the memory that it frees, in at most so many arenas of malloc; True if done.
 
     A large step's activations are one block of gigabytes, which glibc asks the system for and gives back every time:
     the system then clears each page anew, a seventh of a step's time. An arena of a thread's own cannot hold more than

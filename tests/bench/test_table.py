@@ -4,7 +4,7 @@ import pytest
 
 from mae_jax.bench.run import show
 from mae_jax.bench.setting import bench_config
-from mae_jax.bench.table import MatrixRate, figures
+from mae_jax.bench.table import MatrixRate, figures, reason
 from mae_jax.errors import StatedError
 from mae_jax.models.flops import training_flops
 
@@ -42,3 +42,16 @@ def test_a_row_that_failed_is_shown_and_is_a_failure(capsys):
 def test_what_cannot_be_timed_is_refused(name, batch, dtype, said):
     with pytest.raises(StatedError, match=said):
         bench_config(name, batch, dtype)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("", "exit code 137"),
+        ("Traceback\nValueError: no\n\n", "ValueError: no"),
+        ("RESOURCE_EXHAUSTED: 3 GB\nTraceback was filtered\n", "RESOURCE_EXHAUSTED: 3 GB"),
+        ("torch.OutOfMemoryError: CUDA out of memory.\nbye", "torch.OutOfMemoryError: CUDA out of memory."),
+    ],
+)
+def test_the_line_that_tells_why_is_found(said, told):
+    assert reason(said, 137) == told

@@ -33,7 +33,7 @@ def test_what_cannot_be_timed_is_said(run: Run) -> None:
 
 
 def test_this_projects_side_needs_no_data_libraries(tmp_path_factory: pytest.TempPathFactory) -> None:
-    words = ["scripts/bench_step.py", "--serve=jax", "--model=digits", "--batch=8", "--warmup=1"]
+    words = ["scripts/bench_side.py", "jax", "--model=digits", "--batch=8", "--warmup=1"]
     done = subprocess.run(
         [sys.executable, "-c", BARE, *words],
         input="2\n",

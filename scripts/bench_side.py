@@ -1,0 +1,125 @@
+"""One side of the benchmark, in a process of its own: scripts/bench_step.py starts it and asks it for steps.
+
+    python scripts/bench_side.py torch --model digits --batch 16      # then a number of steps on each line of input
+
+It answers each line with the seconds of those steps, as JSON; the first line that it prints is about itself.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+from mae_jax.bench.setting import ReadyStep, bench_config, peak_host_bytes, pixels
+from mae_jax.config import PretrainConfig
+
+SIDES = ("jax", "torch", "torch-compile")
+
+
+def add_setting(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what a side trains, and where."""
+    parser.add_argument("--model", default="vit_small_patch16", help="a model, or the name of a preset")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="where all sides run; by default on what each finds")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those that are timed")
+    parser.add_argument("--remat", action="store_true", help="this project's side recomputes blocks going backward")
+
+
+def config_of(arguments: argparse.Namespace) -> PretrainConfig:
+    """What all sides train."""
+    return bench_config(
+        arguments.model, arguments.batch, arguments.dtype, arguments.encoder_mask_tokens, arguments.remat
+    )
+
+
+def jax_side(arguments: argparse.Namespace) -> tuple[ReadyStep, tuple[float, int, str]]:
+    """This project's step, as `mae-jax pretrain` runs it, and the device's matrix rate."""
+    from mae_jax.train import cpu
+
+    if arguments.device is not None:
+        os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[arguments.device]
+    config = config_of(arguments)
+    cpu.settle(config.model, config.batch_size)
+    import jax
+
+    jax.config.update("jax_enable_x64", arguments.dtype == "float64")
+
+    from mae_jax.bench.matrix import matrix_rate
+    from mae_jax.bench.step import ready_step
+
+    rate = matrix_rate(arguments.dtype)
+    return ready_step(config), tuple(rate)
+
+
+def torch_side(arguments: argparse.Namespace, compiled: bool) -> ReadyStep:
+    """The reference's step, as a PyTorch user would run it: autocast, fused AdamW, optionally torch.compile."""
+    import torch
+
+    from parity.torch_mae import MaskedAutoencoder
+    from parity.torch_train import adamw
+
+    config = config_of(arguments)
+    device_kind = arguments.device or ("gpu" if torch.cuda.is_available() else "cpu")
+    device = torch.device({"cpu": "cpu", "gpu": "cuda"}[device_kind])
+    model_config = config.model
+    dtype = torch.float64 if model_config.dtype == "float64" else torch.float32
+    model = MaskedAutoencoder(model_config).to(device, dtype)
+    optimizer = adamw(model, config.optim, fused=True)
+    forward = torch.compile(model) if compiled else model
+    images = torch.from_numpy(pixels(config)).permute(0, 3, 1, 2).contiguous().to(device)
+    mean, std = (
+        torch.tensor(v, device=device, dtype=dtype).view(-1, 1, 1) for v in (config.augment.mean, config.augment.std)
+    )
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=model_config.dtype == "bfloat16")
+
+    def step() -> None:
+        noise = torch.rand(config.batch_size, model_config.num_patches, device=device)
+        with autocast:
+            loss = forward((images / 255 - mean) / std, noise).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    def peak_bytes() -> int:
+        return peak_host_bytes() if device.type == "cpu" else torch.cuda.max_memory_allocated()
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return ReadyStep(step, peak_bytes, 0.0, f"torch {torch.__version__}", name)
+
+
+def main() -> None:
+    """Warm up, then time as many steps as each line of standard input says."""
+    parser = argparse.ArgumentParser(description="One side of the benchmark.")
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--encoder-mask-tokens", action="store_true")
+    add_setting(parser)
+    arguments = parser.parse_args()
+    name = arguments.side
+    matrix = None
+    if name == "jax":
+        side, matrix = jax_side(arguments)
+    else:
+        side = torch_side(arguments, compiled=name == "torch-compile")
+    seconds = []
+    for _ in range(1 + arguments.warmup):
+        began = time.perf_counter()
+        side.step()
+        seconds.append(time.perf_counter() - began)
+    # torch.compile works at the first step.
+    compiling = max(0.0, seconds[0] - seconds[-1]) if name == "torch-compile" else side.compile_seconds
+    about = {"version": side.version, "device": side.device, "compile_seconds": compiling, "matrix": matrix}
+    print(json.dumps(about), flush=True)
+    for count in sys.stdin:
+        seconds = []
+        for _ in range(int(count)):
+            began = time.perf_counter()
+            side.step()
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps({"seconds": seconds, "peak_bytes": side.peak_bytes()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
