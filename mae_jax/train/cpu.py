@@ -19,9 +19,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_level=1"
 
 
-# A step of fewer floating-point operations loses more by searching one arena for memory than by pages cleared anew.
-SMALL_STEP = 4e9
-SMALL_STEP_ARENAS = 4
+# Floating-point operations of a step whose activations, 28 to 39 MB a GFLOP in small models, fit in a thread's arena.
+SMALL_STEP = 1.5e9
 
 
 def alone() -> bool:
@@ -34,23 +33,22 @@ def alone() -> bool:
 def settle(model: ModelConfig, batch_size: int) -> None:
     """Make all of these settings, where the CPU is alone, for steps of this size."""
     if alone():
-        small = training_flops(model) * batch_size < SMALL_STEP
-        keep_freed_memory(SMALL_STEP_ARENAS if small else 1)
+        keep_freed_memory(one_arena=training_flops(model) * batch_size > SMALL_STEP)
         tune_compiler()
 
 
-def keep_freed_memory(arenas: int) -> bool:
-    """Let this process keep the memory that it frees, in at most so many arenas of malloc; True if done.
+def keep_freed_memory(one_arena: bool) -> bool:
+    """Let this process keep the memory that it frees, and have one arena of malloc for all threads; True if done.
 
-    A large step's activations are one block of gigabytes, which glibc asks the system for and gives back every time:
-    the system then clears each page anew, a seventh of a step's time. An arena of a thread's own cannot hold more than
-    64 MB, so large steps are given one arena for all. Small steps ask for little, but often, and the compiler leaves
-    that one arena in thousands of pieces to search: they are given a few, and compile in them side by side.
+    A large step's activations are one block of up to gigabytes, which glibc asks the system for and gives back every
+    time: the system then clears each page anew, a seventh of a step's time. The arena of a thread cannot hold more than
+    64 MB, so large steps need `one_arena`. Small steps are better off without: they ask for little, but often, and
+    compiling leaves that one arena in thousands of pieces to search.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     # No separate mappings, nothing given back.
-    settings = (M_ARENA_MAX, arenas), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)
+    settings = [(M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), *([(M_ARENA_MAX, 1)] if one_arena else [])]
     return all([ctypes.CDLL(None).mallopt(*setting) for setting in settings])
 
 

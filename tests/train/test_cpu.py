@@ -16,7 +16,7 @@ import ctypes, resource, sys
 from mae_jax.train.cpu import keep_freed_memory
 
 if sys.argv[1] == "keep":
-    assert keep_freed_memory(1)
+    assert keep_freed_memory(one_arena=True)
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 for _ in range(3):
@@ -56,11 +56,18 @@ def test_beside_an_accelerator_nothing_is_set(monkeypatch):
     assert cpu.alone()
 
 
-def test_small_steps_search_several_arenas(monkeypatch):
+@pytest.mark.parametrize(
+    ("model", "batch", "one"),
+    [
+        (PRESETS["digits"]().model, 128, False),
+        (PRESETS["mnist_tutorial"]().model, 128, True),
+        (MODELS["vit_small_patch16"], 16, True),
+    ],
+)
+def test_large_steps_have_one_arena(monkeypatch, model, batch, one):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "")
     given = []
-    monkeypatch.setattr(cpu, "keep_freed_memory", lambda arenas: given.append(arenas))
-    for model, batch in ((PRESETS["digits"]().model, 128), (MODELS["vit_small_patch16"], 16)):
-        cpu.settle(model, batch)
-    assert given == [4, 1]
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda one_arena: given.append(one_arena))
+    cpu.settle(model, batch)
+    assert given == [one]
