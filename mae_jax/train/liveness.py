@@ -49,6 +49,7 @@ class Watch:
         self.how: Callable[[], str] = lambda: "Run the same command again."
         self._store = store
         self._heard = dict.fromkeys(range(count), ("", time.monotonic()))  # the newest beat of each, and when it came
+        self._beats = dict.fromkeys(range(count), 0)  # heard so far
         self._over = threading.Event()
         self._ending = threading.Lock()
         on_abort(self._lost)
@@ -67,11 +68,12 @@ class Watch:
     def let_the_gone_be_named(self) -> None:
         """Return if all hosts live; else this process ends here. To be called with an error of any kind at hand.
 
-        When a host dies, the others see whatever they were at fail first: a step, or a save with its barriers.
+        When a host dies, the others see whatever they were at fail first: a step, or a save with its barriers. One
+        that is heard twice from now on lives: its second beat is younger than this call, however late it was read.
         """
-        time.sleep(3 * HEARTBEAT)
-        if time.monotonic() - min(when for _, when in self._heard.values()) > 2.5 * HEARTBEAT:
-            time.sleep(GONE_AFTER)
+        heard = dict(self._beats)
+        while any(self._beats[host] - heard[host] < 2 for host in heard):
+            time.sleep(HEARTBEAT / 4)
 
     def give_up(self, reason: str) -> NoReturn:
         """End this process and all others, from any thread; where one is gone already, that is the reason."""
@@ -100,6 +102,7 @@ class Watch:
             for host, value in alive.items():
                 if self._heard[host][0] != value:
                     self._heard[host] = value, now
+                    self._beats[host] += 1
             gone = [host for host, (_, when) in self._heard.items() if now - when > GONE_AFTER]
             if gone:
                 names = " and ".join(f"host {host}" for host in gone)

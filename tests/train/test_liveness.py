@@ -56,6 +56,7 @@ def test_while_all_live_nothing_happens():
     ("planted", "said"),
     [
         ('self.values["alive/0"] = str(self.beats)', "host 2 of 3 has not been heard of for 0.5 s. Run it again."),
+        (f"{ALIVE}; self.values['alive/2'] = 'the last'", "host 2 of 3 has not been heard of for 0.5 s. Run it again."),
         (ALIVE, "the disk is full"),
     ],
 )
