@@ -5,22 +5,21 @@ scripts/bench_notes.md has the gain of each.
 
 import ctypes
 import importlib.util
+import math
 import os
 import platform
 
 from mae_jax.config import ModelConfig
-from mae_jax.models.flops import training_flops
 
 # Parameters of mallopt(3), from malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+
+HEAP = 64 << 20  # bytes of address space in one of the heaps that a thread's arena in glibc is made of
+FITTING = 60 << 20  # bytes that fit there, with what malloc keeps beside them
 
 # Many products of a step are too small to be cut over threads; large ones run in a library with threads of its own.
 # Level 1 compiles in three quarters of the time, and what it compiles is as fast.
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_level=1"
-
-
-# Floating-point operations of a step whose activations, 28 to 39 MB a GFLOP in small models, fit in a thread's arena.
-SMALL_STEP = 1.5e9
 
 
 def alone() -> bool:
@@ -30,30 +29,45 @@ def alone() -> bool:
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
 
 
+def largest_buffer(model: ModelConfig, batch_size: int) -> int:
+    """Bytes of the largest array between two operations of a step, if every patch is seen by both stacks."""
+    tokens = model.num_patches + int(model.class_token)
+    values = [math.prod(model.image_hw) * model.in_channels]
+    for stack in (model.encoder, model.decoder):
+        values += [tokens * 3 * stack.width, tokens * stack.mlp_width, tokens * tokens * stack.heads]
+    return batch_size * max(values) * (8 if model.dtype == "float64" else 4)
+
+
 def settle(model: ModelConfig, batch_size: int) -> None:
     """Make all of these settings, where the CPU is alone, for steps of this size."""
     if alone():
-        keep_freed_memory(one_arena=training_flops(model) * batch_size > SMALL_STEP)
-        tune_compiler()
+        largest = largest_buffer(model, batch_size)
+        keep_freed_memory(one_arena=largest > FITTING)
+        tune_compiler(block=max(largest, FITTING))
 
 
 def keep_freed_memory(one_arena: bool) -> bool:
-    """Let this process keep the memory that it frees, and have one arena of malloc for all threads; True if done.
+    """Let this process keep the memory that it frees, and perhaps have one arena of malloc for all; True if done.
 
-    A large step's activations are one block of up to gigabytes, which glibc asks the system for and gives back every
-    time: the system then clears each page anew, a seventh of a step's time. The arena of a thread cannot hold more than
-    64 MB, so large steps need `one_arena`. Small steps are better off without: they ask for little, but often, and
-    compiling leaves that one arena in thousands of pieces to search.
+    Otherwise glibc asks the system for a step's memory and gives it back every time: the system then clears each page
+    anew, a seventh of a step's time. Each thread has an arena of its own, in whose heaps nothing larger than FITTING
+    has a place: where a step needs that, all threads must share the first arena, and wait for each other there, and
+    search what the compiler left of it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    # No separate mappings, nothing given back.
-    settings = [(M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), *([(M_ARENA_MAX, 1)] if one_arena else [])]
+    # No separate mappings; nothing given back, an arena's newest heap neither.
+    settings = [(M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1) if one_arena else (M_TOP_PAD, HEAP)]
     return all([ctypes.CDLL(None).mallopt(*setting) for setting in settings])
 
 
-def tune_compiler() -> None:
-    """Add XLA_FLAGS to the environment; a flag that is there already stays as it is."""
+def tune_compiler(block: int) -> None:
+    """Add flags to XLA_FLAGS; one that is there already stays as it is.
+
+    What a step needs between its operations is asked for in blocks of at most `block` bytes, in place of a single one
+    that has no place in a thread's arena, nor soon in any whose memory is in pieces.
+    """
     given = os.environ.get("XLA_FLAGS", "")
-    missing = [flag for flag in XLA_FLAGS if flag.partition("=")[0] not in given]
+    flags = *XLA_FLAGS, f"--xla_multiheap_size_constraint_per_heap={block}"
+    missing = [flag for flag in flags if flag.partition("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
