@@ -1,14 +1,18 @@
 """Compiled programs, kept between runs by JAX's own cache: a run that starts again compiles nothing.
 
-JAX_COMPILATION_CACHE_DIR puts them elsewhere, JAX_ENABLE_COMPILATION_CACHE=false switches this off.
+JAX_COMPILATION_CACHE_DIR puts them elsewhere, JAX_ENABLE_COMPILATION_CACHE=false switches this off. A program that
+asks for its memory in several blocks (`cpu.tune_compiler`) cannot be kept, and is compiled again.
 """
 
 import hashlib
 import os
 import platform
+import warnings
 from pathlib import Path
 
 import jax
+
+SEVERAL_BLOCKS = "(?s)Error writing persistent compilation cache entry.*Multiple temp buffer allocations"
 
 
 def default_folder() -> Path:
@@ -27,6 +31,7 @@ def keep_compiled() -> Path | None:
     """
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
+    warnings.filterwarnings("ignore", SEVERAL_BLOCKS)
     if jax.config.values["jax_compilation_cache_dir"]:
         return Path(jax.config.values["jax_compilation_cache_dir"])
     try:

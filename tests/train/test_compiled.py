@@ -14,12 +14,21 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 print(jax.jit(lambda x: x + 1)(41))
 """
 
+TWO_BLOCKS = """
+import jax
+from mae_jax.train.compiled import keep_compiled
+print(keep_compiled())
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+x = jax.numpy.ones((1024, 1024))
+print(jax.jit(lambda x: ((x @ x) @ (x @ x.T) @ (x.T @ x)).sum() + ((x.T @ x) @ (x @ x.T)).sum())(x))
+"""
 
-def call(home, **environment):
-    """The two lines that SCRIPT prints."""
+
+def call(home, script=SCRIPT, **environment):
+    """The lines that the script prints."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_COMP", "JAX_ENABLE", "JAX_P"))}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SCRIPT],
+        [sys.executable, "-W", "error", "-c", script],
         capture_output=True,
         text=True,
         env=plain | {"XDG_CACHE_HOME": str(home)} | environment,
@@ -53,3 +62,12 @@ def test_where_nothing_can_be_kept_nothing_is(tmp_path, environment):
 def test_jaxs_own_variable_says_where(tmp_path):
     assert call(tmp_path / "home", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")) == [str(tmp_path / "own"), "42"]
     assert os.listdir(tmp_path) == ["own"]
+
+
+def test_what_cannot_be_kept_is_no_matter(tmp_path):
+    """A program with one block of memory is kept; with two it is not, and works."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = {"XLA_FLAGS": "--xla_multiheap_size_constraint_per_heap=5000000", "JAX_PLATFORMS": "cpu"}
+    folders = [call(one, TWO_BLOCKS, JAX_PLATFORMS="cpu"), call(two, TWO_BLOCKS, **flags)]
+    assert [result for _, result in folders] == [f"{1024.0**7 + 1024.0**5:.7e}"] * 2
+    assert [any("jit__lambda" in name for name in os.listdir(folder)) for folder, _ in folders] == [True, False]
