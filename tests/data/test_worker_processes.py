@@ -166,8 +166,9 @@ def test_an_owner_that_is_killed_takes_its_workers_along(
         program.process.send_signal(how)
         code, _, err = program.ended()
     assert code == -how
-    # Python's own resource tracker frees the shared memory that was in use, and says so.
-    assert "Traceback" not in err
+    # Python's own resource tracker frees the shared memory that was in use, and says so. Of a block that was freed in
+    # the moment before the kill it was not told, and shows that it does not find it.
+    assert err.count("Traceback") == len(re.findall(r"FileNotFoundError: .*'/psm_\w+'", err))
     for name in re.findall(r"psm_\w+", err):
         assert not os.path.exists(f"/dev/shm/{name}")
 
