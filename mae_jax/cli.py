@@ -442,10 +442,12 @@ def bench(
       warmup: Steps before them.
       json: Print a line of JSON for each row in place of the table.
     """
-    from mae_jax.bench.setting import named_model
+    from mae_jax.bench.setting import bench_config
     from mae_jax.train import cpu
 
-    cpu.settle(named_model(model), max(batches, default=1))
+    if len(batches) == 1 and mask_tokens != "both":  # else in the processes that time, which inherit the environment
+        timed = bench_config(model, batches[0], dtype, mask_tokens == "encoder", remat)
+        cpu.settle(timed.model, timed.batch_size)
     _prepare_jax(dtype)
     from mae_jax.bench.run import rows, show
 

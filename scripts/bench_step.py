@@ -195,7 +195,7 @@ def largest_batch(config: PretrainConfig, arguments: argparse.Namespace) -> Figu
             return row
         else:
             bad = batch
-        batch = batch * 2 if bad is None else max(8, (good + bad) // 2 // 8 * 8)
+        batch = batch * 2 if bad is None else max(8, good + 1, (good + bad) // 2 // 8 * 8)
     return best | {"largest_batch_below": bad}
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs, kept between runs by JAX's own cache: a run that starts again compiles nothing.
+"""Compiled programs, kept between runs by JAX's own cache: a run that starts again compiles only what is not kept.
 
 JAX_COMPILATION_CACHE_DIR puts them elsewhere, JAX_ENABLE_COMPILATION_CACHE=false switches this off. A program that
 asks for its memory in several blocks (`cpu.tune_compiler`) cannot be kept, and is compiled again.

@@ -42,8 +42,8 @@ def settle(model: ModelConfig, batch_size: int) -> None:
     """Make all of these settings, where the CPU is alone, for steps of this size."""
     if alone():
         largest = largest_buffer(model, batch_size)
-        keep_freed_memory(one_arena=largest > FITTING)
-        tune_compiler(block=max(largest, FITTING))
+        kept = keep_freed_memory(one_arena=largest > FITTING)
+        tune_compiler(block=max(largest, FITTING) if kept else None)
 
 
 def keep_freed_memory(one_arena: bool) -> bool:
@@ -61,13 +61,15 @@ def keep_freed_memory(one_arena: bool) -> bool:
     return all([ctypes.CDLL(None).mallopt(*setting) for setting in settings])
 
 
-def tune_compiler(block: int) -> None:
+def tune_compiler(block: int | None) -> None:
     """Add flags to XLA_FLAGS; one that is there already stays as it is.
 
-    What a step needs between its operations is asked for in blocks of at most `block` bytes, in place of a single one
-    that has no place in a thread's arena, nor soon in any whose memory is in pieces.
+    What a step needs between its operations is asked for in blocks of at most `block` bytes. A single one would not
+    fit in a thread's arena, and seldom in the first arena once its memory is in pieces.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    flags = *XLA_FLAGS, f"--xla_multiheap_size_constraint_per_heap={block}"
+    flags = list(XLA_FLAGS)
+    if block is not None:
+        flags.append(f"--xla_multiheap_size_constraint_per_heap={block}")
     missing = [flag for flag in flags if flag.partition("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()

@@ -69,10 +69,11 @@ class Watch:
         """Return if all hosts live; else this process ends here. To be called with an error of any kind at hand.
 
         When a host dies, the others see whatever they were at fail first: a step, or a save with its barriers. One
-        that is heard twice from now on lives: its second beat is younger than this call, however late it was read.
+        that is heard three times from now on lives: the first may have been read before, the second be as old as that,
+        the third is younger than this call.
         """
         heard = dict(self._beats)
-        while any(self._beats[host] - heard[host] < 2 for host in heard):
+        while any(self._beats[host] - heard[host] < 3 for host in heard):
             time.sleep(HEARTBEAT / 4)
 
     def give_up(self, reason: str) -> NoReturn:
@@ -106,7 +107,8 @@ class Watch:
             gone = [host for host, (_, when) in self._heard.items() if now - when > GONE_AFTER]
             if gone:
                 names = " and ".join(f"host {host}" for host in gone)
-                self._end(f"{names} of {self.count} has not been heard of for {GONE_AFTER} s. {self.how()}")
+                verb = "has" if len(gone) == 1 else "have"
+                self._end(f"{names} of {self.count} {verb} not been heard of for {GONE_AFTER} s. {self.how()}")
 
     def _read(self, topic: str) -> dict[int, str]:
         return {int(key.rpartition("/")[2]): value for key, value in self._store.key_value_dir_get(f"{topic}/")}

@@ -53,7 +53,7 @@ def test_without_the_first_side_there_is_no_ratio(bench_step, monkeypatch):
     assert found[1]["ratio_first_over_this"] is None
 
 
-@pytest.mark.parametrize(("start", "limit"), [(16, 100), (256, 100), (8, 8)])
+@pytest.mark.parametrize(("start", "limit"), [(16, 100), (256, 100), (8, 8), (9, 12), (100, 90)])
 def test_the_largest_batch_is_found_to_a_sixteenth(bench_step, monkeypatch, start, limit):
     def timed(names, config, arguments):
         return ([side("jax", 1)], {}) if config.batch_size <= limit else ([], FAILED | {"side": "jax"})

@@ -95,9 +95,11 @@ def test_steps_with_large_buffers_have_one_arena(monkeypatch, model, batch, one)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "")
     given = []
-    monkeypatch.setattr(cpu, "keep_freed_memory", lambda one_arena: given.append(one_arena))
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda one_arena: not given.append(one_arena))
     cpu.settle(model, batch)
     assert given == [one]
+    block = max(60 << 20, cpu.largest_buffer(model, batch))
+    assert f"--xla_multiheap_size_constraint_per_heap={block}" in os.environ["XLA_FLAGS"]
 
 
 STEP = """

@@ -34,7 +34,7 @@ ALIVE = 'self.values["alive/0"] = self.values["alive/2"] = str(self.beats)'
     ("planted", "said"),
     [
         ('self.values["alive/0"] = str(self.beats)', "host 2 of 3 has not been heard of for 0.5 s. Run it again."),
-        ("pass", "host 0 and host 2 of 3 has not been heard of for 0.5 s. Run it again."),
+        ("pass", "host 0 and host 2 of 3 have not been heard of for 0.5 s. Run it again."),
         (f'{ALIVE}; self.values["failed/2"] = "no disk"', "host 2 of 3 has failed: no disk\nRun it again."),
         ("raise RuntimeError('socket closed')", "the connection to host 0 of 3 is lost: it has ended or cannot be"),
         ("os.kill(os.getpid(), signal.SIGABRT)", "the connection to host 0 of 3 is lost: it has ended or cannot be"),
