@@ -77,7 +77,7 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     from mae_jax.train import cpu
 
     config = _read_pretraining(args, prog)
-    cpu.settle(config.model, config.batch_size)
+    cpu.settle(config.model, config.batch_size // config.accumulate)
     _prepare_jax(config.model.dtype)
     from mae_jax.train.compiled import keep_compiled
     from mae_jax.train.hosts import joined
@@ -114,7 +114,7 @@ def _transfer(args: Sequence[str], prog: str, presets: "Mapping[str, Callable[[]
 
     words = [word for word in args if word != "--eval-only"]
     config = _read_config(words, f"{prog} [--eval-only]", FinetuneConfig, presets, adopt)
-    cpu.settle(config.model, config.batch_size)
+    cpu.settle(config.model, config.batch_size // config.accumulate)
     _prepare_jax(config.model.dtype)
     from mae_jax.train.compiled import keep_compiled
     from mae_jax.train.finetune import EVALUATED, evaluate, finetune

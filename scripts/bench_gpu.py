@@ -3,23 +3,27 @@
     python scripts/bench_gpu.py --out gpu_table --minutes 5      # again, until nothing is left
 
 Every job is a process of its own whose rows go into OUT/rows.jsonl as it ends; a job that is there already is skipped,
-so a run that was cut off goes on. OUT/report.md is written anew after each; a job not yet run is not in it.
+so a run that was cut off goes on; --retry runs those again that failed. OUT/report.md is written anew after each; a job
+not yet run is not in it. Where commands are cut after some minutes, --job-minutes below that keeps one from being begun
+again for ever.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from mae_jax.bench.table import HEAD, factor_line, line, reason
+from mae_jax.bench.table import HEAD, apart, factor_line, lacks_memory, line, reason
 
 SCRIPTS = Path(__file__).resolve().parent
 LARGE_MODELS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 KEEP = "keep compiled programs"  # among a job's words: it shares a cache with the others that have it
+FIRST, SECOND = "Compilation, first start", "Compilation, second start"
 
 Job = tuple[str, list[str]]  # what it shows, and the words of its command
 
@@ -36,12 +40,9 @@ def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str) ->
     compared = [
         ("Beside PyTorch", step(model, f"--batch={batch}", "--against=torch,torch-compile")) for model in models
     ]
-    kept = [
-        (f"Compilation, {start} start", step(largest, f"--batch={batch}", *alone, KEEP))
-        for start in ("first", "second")
-    ]
+    kept = [(title, step(largest, f"--batch={batch}", *alone, KEEP)) for title in (FIRST, SECOND)]
     profiles = [
-        ("Profile", ["profile_step.py", f"--model={model}", f"--batch={batch}", f"--dtype={dtype}"]) for model in models
+        ("Profile", ["profile_step.py", f"--model={model}", f"--batch={batch}", *common[:2]]) for model in models
     ]
     tokens = [
         ("Mask tokens", step(model, f"--batch={batch // 4}", *alone, "--mask-tokens=both")) for model in models[1:]
@@ -55,15 +56,20 @@ def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str) ->
     return compared + kept + profiles + tokens + memory + sweeps
 
 
-def run(number: int, job: Job, out: Path) -> dict[str, Any]:
-    """One job's rows, or its text."""
+def run(number: int, job: Job, out: Path, minutes: float) -> dict[str, Any]:
+    """One job's rows, or its text; a row that says so where it took longer than `minutes`."""
     title, words = job
     cache = str((out / "compiled").resolve())
     keep = KEEP in words
     command = [sys.executable, str(SCRIPTS / words[0]), *(word for word in words[1:] if word != KEEP)]
     variables = {"JAX_COMPILATION_CACHE_DIR": cache} if keep else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if title == FIRST:
+        shutil.rmtree(cache, ignore_errors=True)  # what a start that was cut off has left
     began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=minutes * 60)
+    except subprocess.TimeoutExpired:
+        done = subprocess.CompletedProcess(command, 1, "", f"took longer than {minutes:g} minutes")
     print(f"{title}: {' '.join(words)}: {time.monotonic() - began:.0f} s", flush=True)
     told = {"job": number, "title": title, "words": words}
     if words[0] == "profile_step.py" and done.returncode == 0:
@@ -89,8 +95,7 @@ def report(found: list[dict[str, Any]]) -> str:
             if good:
                 rate, size = good[0]["matrix_tflops_per_second"], good[0]["matrix_size"]
                 parts.append(f"{good[0]['device']}; matrix product of {size}: {rate:.4g} TFLOP/s; {good[0]['dtype']}")
-            if len({row["side"] for row in job["rows"]}) > 1 and not all(row["in_turn"] for row in good):
-                parts.append("too little memory for all sides at once: timed one after the other")
+            parts += [said for said in [apart(job["rows"])] if said]
             parts += [HEAD, *map(line, job["rows"])]
             parts += [
                 f"batch {row['largest_batch_below']} does not fit" for row in good if "largest_batch_below" in row
@@ -99,6 +104,11 @@ def report(found: list[dict[str, Any]]) -> str:
                 parts.append(factor_line(model, good[0], good[1]))
         parts.append("```\n")
     return "\n".join(parts)
+
+
+def failed(job: dict[str, Any]) -> bool:
+    """Whether a row failed of something other than a lack of memory, which a table is to show."""
+    return any("failed" in row and not lacks_memory(row["failed"]) for row in job.get("rows", []))
 
 
 def write_report(out: Path, known: dict[int, dict[str, Any]]) -> None:
@@ -110,6 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The GPU table.")
     parser.add_argument("--out", type=Path, default=Path("gpu_table"))
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no job after so many")
+    parser.add_argument("--job-minutes", type=float, default=60, help="a job that takes longer fails")
+    parser.add_argument("--retry", action="store_true", help="run jobs again that failed, but for lack of memory")
     parser.add_argument("--models", nargs="+", default=list(LARGE_MODELS), help="the last is the one that must fit")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
@@ -121,6 +133,7 @@ def main() -> None:
     record = out / "rows.jsonl"
     lines = record.read_text().splitlines(keepends=True) if record.exists() else []
     found = [json.loads(text) for text in lines if text.endswith("\n")]
+    found = [job for job in found if not (arguments.retry and failed(job))]
     record.write_text("".join(json.dumps(job) + "\n" for job in found))  # without a last line that a kill cut short
     wanted = jobs(arguments.models, arguments.batch, arguments.dtype, arguments.rounds, arguments.device)
     known = {job["job"]: job for job in found}
@@ -131,13 +144,16 @@ def main() -> None:
             continue
         if time.monotonic() - began > arguments.minutes * 60:
             break
-        known[number] = run(number, job, out)
+        known[number] = run(number, job, out, arguments.job_minutes)
         with record.open("a") as file:
             file.write(json.dumps(known[number]) + "\n")
         write_report(out, known)
     write_report(out, known)
     left = len(wanted) - len(known)
     print(f"{out / 'report.md'}: {len(known)} jobs done" + (f", {left} left: run this again" if left else ""))
+    wrong = sum(map(failed, known.values()))
+    if wrong:
+        sys.exit(f"{wrong} failed: run this again with --retry")
 
 
 if __name__ == "__main__":

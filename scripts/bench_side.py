@@ -7,11 +7,10 @@ It answers each line with the seconds of those steps, as JSON; the first line th
 
 import argparse
 import json
-import os
 import sys
 import time
 
-from mae_jax.bench.setting import ReadyStep, bench_config, peak_host_bytes, pixels
+from mae_jax.bench.setting import ReadyStep, bench_config, peak_host_bytes, pixels, use
 from mae_jax.config import PretrainConfig
 
 SIDES = ("jax", "torch", "torch-compile")
@@ -37,8 +36,7 @@ def jax_side(arguments: argparse.Namespace) -> tuple[ReadyStep, tuple[float, int
     """This project's step, as `mae-jax pretrain` runs it, and the device's matrix rate."""
     from mae_jax.train import cpu
 
-    if arguments.device is not None:
-        os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[arguments.device]
+    use(arguments.device)
     config = config_of(arguments)
     cpu.settle(config.model, config.batch_size)
     import jax

@@ -31,7 +31,18 @@ from typing import Any
 from bench_side import SIDES, add_setting
 
 from mae_jax.bench.setting import bench_config
-from mae_jax.bench.table import HEAD, Figures, MatrixRate, caption, factor_line, figures, line, reason
+from mae_jax.bench.table import (
+    HEAD,
+    Figures,
+    MatrixRate,
+    apart,
+    caption,
+    factor_line,
+    figures,
+    lacks_memory,
+    line,
+    reason,
+)
 from mae_jax.config import PretrainConfig
 from mae_jax.errors import StatedError
 
@@ -146,21 +157,31 @@ def timed(names: list[str], config: PretrainConfig, arguments: argparse.Namespac
 def compare(names: list[str], config: PretrainConfig, arguments: argparse.Namespace) -> list[Figures]:
     """A row for each side.
 
-    Sides that are there at once share the device's memory: where one finds too little, each is timed alone.
+    Sides that are there at once share the device's memory: where one finds too little, each is timed alone. One that
+    fails otherwise leaves the turns to the rest.
     """
-    sides, failure = timed(names, config, arguments)
-    if not failure:
-        return [row_of(side, sides[0], config, arguments.model, len(names) > 1) for side in sides]
-    if len(names) == 1:
-        return [failure]
-    rows: list[Figures] = []
-    first: Process | None = None
-    for name in names:
+    failures: dict[str, Figures] = {}
+    sides: list[Process] = []
+    left = list(names)
+    while left and not sides:
+        sides, failure = timed(left, config, arguments)
+        if failure:
+            if len(left) > 1 and lacks_memory(failure["failed"]):
+                break
+            failures[failure["side"]] = failure
+            left.remove(failure["side"])
+    in_turn = len(sides) > 1
+    for name in [] if sides else left:
         alone, failure = timed([name], config, arguments)
-        if alone and name == names[0]:
-            first = alone[0]
-        rows.append(failure or row_of(alone[0], first, config, arguments.model, False))
-    return rows
+        sides += alone
+        if failure:
+            failures[name] = failure
+    done = {side.name: side for side in sides}
+    first = done.get(names[0])
+    return [
+        row_of(done[name], first, config, arguments.model, in_turn) if name in done else failures[name]
+        for name in names
+    ]
 
 
 def row_of(side: Process, first: Process | None, config: PretrainConfig, model: str, in_turn: bool) -> Figures:
@@ -243,8 +264,8 @@ def report(rows: list[Figures], arguments: argparse.Namespace) -> bool:
             tokens = ", mask tokens in the encoder" if good["mask_tokens"] else ""
             counted = f"{arguments.rounds} rounds of {arguments.steps} steps"
             print(f"{caption(arguments.model, rate, good['device'])}{tokens}; {counted}")
-            if len(rows) > 1 and not good["in_turn"]:
-                print("too little memory for all sides at once: timed one after the other")
+            if said := apart(rows):
+                print(said)
         print(HEAD, *map(line, rows), sep="\n", flush=True)
         for row in rows:
             if "largest_batch_below" in row:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mae_jax.bench.setting import bench_config
+from mae_jax.bench.setting import bench_config, use
 from mae_jax.errors import StatedError
 
 INSTRUCTION = re.compile(r'\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"')
@@ -26,6 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="vit_small_patch16", help="a model, or the name of a preset")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="by default what JAX finds")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=60)
     parser.add_argument("--out", type=Path, help="a file; without it the table is printed")
@@ -49,6 +50,7 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     from mae_jax.train import cpu
 
+    use(arguments.device)
     cpu.settle(config.model, config.batch_size)
     import jax
 

@@ -1,6 +1,7 @@
 """What is timed, on whichever side. Imports no framework: the memory of one would count as the other's."""
 
 import dataclasses
+import os
 import resource
 from collections.abc import Callable
 
@@ -26,6 +27,12 @@ class ReadyStep:
     version: str
     device: str
     program: Callable[[], str] = str
+
+
+def use(device: str | None) -> None:
+    """Have JAX, which is not imported yet, run on "cpu" or "gpu"; on what it finds where that is None."""
+    if device is not None:
+        os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[device]
 
 
 def named_model(name: str) -> ModelConfig:

@@ -86,5 +86,23 @@ def factor_line(model: str, with_tokens: Figures, without: Figures) -> str:
 def reason(said: str, code: int) -> str:
     """Of all that a process said, the line that tells why it ended, 200 characters at most."""
     lines = [text.strip() for text in said.splitlines() if text.strip()]
-    telling = [text for text in lines if "out of memory" in text.lower() or "RESOURCE_EXHAUSTED" in text]
-    return (telling or lines or [f"exit code {code}"])[-1][:200]
+    telling = [text for text in lines if lacks_memory(text)]
+    killed = [f"{KILLED} (exit code {code})"] if code in (-9, 137) else []
+    return (telling or killed or lines or [f"exit code {code}"])[-1][:200]
+
+
+KILLED = "killed"  # by the system, as a rule, that has no memory left
+NO_MEMORY = "out of memory", "resource_exhausted", "memoryerror", "bad_alloc", "can't allocate memory", KILLED
+
+
+def lacks_memory(why: str) -> bool:
+    """Whether a `reason` is that memory is lacking."""
+    return any(text in why.lower() for text in NO_MEMORY)
+
+
+def apart(rows: Sequence[Figures]) -> str | None:
+    """What is to be said above a table whose sides did not take turns."""
+    good = [row for row in rows if "failed" not in row]
+    if len({row["side"] for row in good}) > 1 and not all(row["in_turn"] for row in good):
+        return "too little memory for all sides at once: timed one after the other"
+    return None

@@ -67,9 +67,11 @@ def tune_compiler(block: int | None) -> None:
     What a step needs between its operations is asked for in blocks of at most `block` bytes. A single one would not
     fit in a thread's arena, and seldom in the first arena once its memory is in pieces.
     """
-    given = os.environ.get("XLA_FLAGS", "")
+    given = os.environ.get("XLA_FLAGS", "").split()
+    if given and not given[0].startswith("-"):
+        return  # the name of a file of flags
     flags = list(XLA_FLAGS)
     if block is not None:
         flags.append(f"--xla_multiheap_size_constraint_per_heap={block}")
-    missing = [flag for flag in flags if flag.partition("=")[0] not in given]
-    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+    names = {flag.partition("=")[0] for flag in given}
+    os.environ["XLA_FLAGS"] = " ".join(given + [flag for flag in flags if flag.partition("=")[0] not in names])

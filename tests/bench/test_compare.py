@@ -47,6 +47,23 @@ def test_ratios_are_of_the_first_side_also_where_each_runs_alone(bench_step, mon
     assert found[1]["matrix_tflops_per_second"] == 1
 
 
+@pytest.mark.parametrize("broken", ["jax", "torch-compile"])
+def test_a_side_that_fails_for_itself_leaves_the_turns_to_the_rest(bench_step, monkeypatch, capsys, broken):
+    why = {"failed": "no compiler found", "batch": 8, "side": broken}
+    names = ["jax", "torch", "torch-compile"]
+
+    def timed(asked, config, arguments):
+        return ([], why) if broken in asked else ([side(name, 10) for name in asked], {})
+
+    monkeypatch.setattr(bench_step, "timed", timed)
+    found = bench_step.compare(names, CONFIG, Namespace(model="digits"))
+    assert [row["side"] for row in found] == names
+    assert [row.get("in_turn") for row in found] == [None if name == broken else True for name in names]
+    assert [row.get("ratio_first_over_this") for row in found] == ([None] * 3 if broken == "jax" else [1, 1, None])
+    bench_step.report(found, Namespace(json=False, model="digits", rounds=2, steps=3))
+    assert "memory" not in capsys.readouterr().out
+
+
 def test_without_the_first_side_there_is_no_ratio(bench_step, monkeypatch):
     found = rows(bench_step, monkeypatch, lambda names: names == ["torch"])
     assert ["failed" in row for row in found] == [True, False, True]
@@ -67,5 +84,5 @@ def test_the_largest_batch_is_found_to_a_sixteenth(bench_step, monkeypatch, star
 
 
 def test_not_even_eight_images_fit(bench_step, monkeypatch):
-    monkeypatch.setattr(bench_step, "timed", lambda names, config, arguments: ([], FAILED))
-    assert bench_step.largest_batch(CONFIG, Namespace(model="digits")) == FAILED
+    monkeypatch.setattr(bench_step, "timed", lambda names, config, arguments: ([], FAILED | {"side": "jax"}))
+    assert bench_step.largest_batch(CONFIG, Namespace(model="digits")) == FAILED | {"side": "jax"}

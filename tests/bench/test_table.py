@@ -4,7 +4,7 @@ import pytest
 
 from mae_jax.bench.run import show
 from mae_jax.bench.setting import bench_config
-from mae_jax.bench.table import MatrixRate, figures, reason
+from mae_jax.bench.table import MatrixRate, figures, lacks_memory, reason
 from mae_jax.errors import StatedError
 from mae_jax.models.flops import training_flops
 
@@ -47,11 +47,16 @@ def test_what_cannot_be_timed_is_refused(name, batch, dtype, said):
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("", "exit code 137"),
+        ("", "exit code 1"),
         ("Traceback\nValueError: no\n\n", "ValueError: no"),
         ("RESOURCE_EXHAUSTED: 3 GB\nTraceback was filtered\n", "RESOURCE_EXHAUSTED: 3 GB"),
         ("torch.OutOfMemoryError: CUDA out of memory.\nbye", "torch.OutOfMemoryError: CUDA out of memory."),
     ],
 )
 def test_the_line_that_tells_why_is_found(said, told):
-    assert reason(said, 137) == told
+    assert reason(said, 1) == told
+
+
+def test_a_process_that_was_killed_lacked_memory():
+    assert lacks_memory(reason("a warning", -9))
+    assert not lacks_memory(reason("ValueError: no", 1))

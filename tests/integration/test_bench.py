@@ -1,5 +1,6 @@
 """`mae-jax bench` and the benchmark beside PyTorch, in short."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -99,6 +100,31 @@ def test_the_gpu_table_goes_on_where_it_was_cut(tmp_path: Path, tmp_path_factory
     assert "out of memory" in (tmp_path / "report.md").read_text()
     other = script(tmp_path_factory, "bench_gpu.py", *words[:-1], "--device=gpu", "--minutes=0")
     assert (other.returncode, "is of another command" in other.stderr) == (1, True)
+
+
+def test_jobs_that_failed_are_told_and_run_again_on_request(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    words = [f"--out={tmp_path}", "--models", "digits", "--batch=8", "--rounds=1", "--dtype=float32", "--device=cpu"]
+    compared = ["bench_step.py", "--model=digits", "--dtype=float32", "--device=cpu", "--json", "--rounds=1"]
+    compared += ["--batch=8", "--against=torch,torch-compile"]
+    row = {"side": "torch", "batch": 8, "failed": "no module named torch"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"job": 0, "title": "x", "words": compared, "rows": [row]}) + "\n")
+    told = script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0")
+    assert (told.returncode, told.stderr) == (1, "1 failed: run this again with --retry\n")
+    assert "0 jobs done, 7 left" in script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0", "--retry").stdout
+
+
+def test_a_first_start_is_cold_and_no_job_takes_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench_gpu = importlib.import_module("bench_gpu")
+    left = tmp_path / "compiled" / "program"
+    for title, stays in ((bench_gpu.SECOND, True), (bench_gpu.FIRST, False)):
+        left.parent.mkdir(exist_ok=True)
+        left.touch()
+        done = bench_gpu.run(3, (title, ["bench_step.py", "--model=digits", bench_gpu.KEEP]), tmp_path, 0.001)
+        assert done["rows"][0]["failed"] == "took longer than 0.001 minutes"
+        assert left.exists() == stays
 
 
 def bench_step(factory: pytest.TempPathFactory, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
