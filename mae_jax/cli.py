@@ -424,6 +424,7 @@ def bench(
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     mask_tokens: Literal["none", "encoder", "both"] = "none",
     remat: bool = False,
+    attention: Literal["xla", "cudnn"] = "xla",
     steps: int = 30,
     warmup: int = 3,
     json: bool = False,
@@ -438,6 +439,7 @@ def bench(
       dtype: Of matrix products.
       mask_tokens: The encoder sees mask tokens (the paper's Table 1c), or not, or both one after the other.
       remat: Recompute each block in the backward pass.
+      attention: What computes it; cudnn needs an NVIDIA GPU and bfloat16.
       steps: Timed steps.
       warmup: Steps before them.
       json: Print a line of JSON for each row in place of the table.
@@ -446,12 +448,12 @@ def bench(
     from mae_jax.train import cpu
 
     if len(batches) == 1 and mask_tokens != "both":  # else in the processes that time, which inherit the environment
-        timed = bench_config(model, batches[0], dtype, mask_tokens == "encoder", remat)
+        timed = bench_config(model, batches[0], dtype, mask_tokens == "encoder", remat, attention)
         cpu.settle(timed.model, timed.batch_size)
     _prepare_jax(dtype)
     from mae_jax.bench.run import rows, show
 
-    return show(rows(model, batches, dtype, mask_tokens, remat, steps, warmup), model, json)
+    return show(rows(model, batches, dtype, mask_tokens, remat, attention, steps, warmup), model, json)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Literal
 
 Positions = Literal["sincos2d", "sincos1d", "learned"]
 Masking = Literal["random", "block", "grid"]
+AttentionKernel = Literal["xla", "cudnn"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Size = int | tuple[int, int]
 Pooling = Literal["mean", "class"]  # mean of the patches, then a LayerNorm; or LayerNorm, then the class token
@@ -96,6 +97,7 @@ class ModelConfig:
     encoder_mask_tokens: bool = False  # the encoder sees mask tokens, Table 1c's ablation
     dtype: Dtype = "float32"  # of matrix products; float64 makes everything float64, parameters included
     remat: bool = False  # recompute each block in the backward pass
+    attention: AttentionKernel = "xla"  # what computes it; cudnn needs an NVIDIA GPU and dtype bfloat16
 
     def __post_init__(self) -> None:
         _require_whole(self, "in_channels")
@@ -127,6 +129,8 @@ class ModelConfig:
             raise ValueError(f"masking block needs 4 patches or more, this model has {self.num_patches}")
         if self.masking == "grid":
             self._check_grid_masking()
+        if self.attention == "cudnn":
+            self._check_cudnn()
 
     def _check_pca(self) -> None:
         if self.norm_pix_loss:
@@ -140,6 +144,17 @@ class ModelConfig:
                 f"pca_components {self.pca_components} is more than the {self.patch_dim} values of a patch "
                 f"(patch_size {self.patch_size}, in_channels {self.in_channels})"
             )
+
+    def _check_cudnn(self) -> None:
+        if self.dtype != "bfloat16":
+            raise ValueError(f"attention cudnn needs dtype bfloat16, not {self.dtype} (--precision bfloat16)")
+        for stack in ("encoder", "decoder"):
+            head_dim = getattr(self, stack).head_dim
+            if head_dim % 8 or head_dim > 128:
+                raise ValueError(
+                    f"attention cudnn needs heads of a multiple of 8 values, at most 128: {stack}.width over "
+                    f"{stack}.heads is {head_dim}"
+                )
 
     def _check_grid_masking(self) -> None:
         stride = self.grid_stride

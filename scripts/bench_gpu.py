@@ -28,21 +28,21 @@ FIRST, SECOND = "Compilation, first start", "Compilation, second start"
 Job = tuple[str, list[str]]  # what it shows, and the words of its command
 
 
-def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str) -> list[Job]:
-    """What is run, the most wanted first: the comparison is worth more than a sweep."""
+def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str, attention: str) -> list[Job]:
+    """What is run, the most wanted first: the comparison, which has both kinds of attention, is worth the most."""
     common = [f"--dtype={dtype}", f"--device={device}", "--json", f"--rounds={rounds}"]
-    alone = ["--against="]
+    kind = [] if attention == "xla" else [f"--attention={attention}"]
+    alone = ["--against=", *kind]
+    others = "torch,torch-compile" + (",jax-cudnn" if (dtype, device) == ("bfloat16", "gpu") else "")
     largest = models[-1]
 
     def step(model: str, *words: str) -> list[str]:
         return ["bench_step.py", f"--model={model}", *common, *words]
 
-    compared = [
-        ("Beside PyTorch", step(model, f"--batch={batch}", "--against=torch,torch-compile")) for model in models
-    ]
+    compared = [("Beside PyTorch", step(model, f"--batch={batch}", f"--against={others}")) for model in models]
     kept = [(title, step(largest, f"--batch={batch}", *alone, KEEP)) for title in (FIRST, SECOND)]
     profiles = [
-        ("Profile", ["profile_step.py", f"--model={model}", f"--batch={batch}", *common[:2]]) for model in models
+        ("Profile", ["profile_step.py", f"--model={model}", f"--batch={batch}", *common[:2], *kind]) for model in models
     ]
     tokens = [
         ("Mask tokens", step(model, f"--batch={batch // 4}", *alone, "--mask-tokens=both")) for model in models[1:]
@@ -126,6 +126,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=10, help="of 3 steps")
+    parser.add_argument(
+        "--attention", choices=("xla", "cudnn"), default="xla", help="of the jobs after the comparison, which has both"
+    )
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     arguments = parser.parse_args()
     began, out = time.monotonic(), arguments.out
@@ -135,7 +138,9 @@ def main() -> None:
     found = [json.loads(text) for text in lines if text.endswith("\n")]
     found = [job for job in found if not (arguments.retry and failed(job))]
     record.write_text("".join(json.dumps(job) + "\n" for job in found))  # without a last line that a kill cut short
-    wanted = jobs(arguments.models, arguments.batch, arguments.dtype, arguments.rounds, arguments.device)
+    wanted = jobs(
+        arguments.models, arguments.batch, arguments.dtype, arguments.rounds, arguments.device, arguments.attention
+    )
     known = {job["job"]: job for job in found}
     for number, job in enumerate(wanted):
         if number in known:

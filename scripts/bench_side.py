@@ -13,7 +13,7 @@ import time
 from mae_jax.bench.setting import ReadyStep, bench_config, peak_host_bytes, pixels, use
 from mae_jax.config import PretrainConfig
 
-SIDES = ("jax", "torch", "torch-compile")
+SIDES = ("jax", "jax-cudnn", "torch", "torch-compile")
 
 
 def add_setting(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +23,18 @@ def add_setting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), help="where all sides run; by default on what each finds")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those that are timed")
     parser.add_argument("--remat", action="store_true", help="this project's side recomputes blocks going backward")
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="what this project's side uses")
 
 
 def config_of(arguments: argparse.Namespace) -> PretrainConfig:
     """What all sides train."""
     return bench_config(
-        arguments.model, arguments.batch, arguments.dtype, arguments.encoder_mask_tokens, arguments.remat
+        arguments.model,
+        arguments.batch,
+        arguments.dtype,
+        arguments.encoder_mask_tokens,
+        arguments.remat,
+        "cudnn" if arguments.side == "jax-cudnn" else arguments.attention,
     )
 
 
@@ -97,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     name = arguments.side
     matrix = None
-    if name == "jax":
+    if name.startswith("jax"):
         side, matrix = jax_side(arguments)
     else:
         side = torch_side(arguments, compiled=name == "torch-compile")

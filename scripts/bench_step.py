@@ -55,7 +55,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The training step beside PyTorch's.")
     add_setting(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="several: one table after the other")
-    parser.add_argument("--against", default="torch", help="comma-separated: torch, torch-compile; or nothing")
+    parser.add_argument(
+        "--against", default="torch", help="comma-separated: torch, torch-compile, jax-cudnn; or nothing"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=3, help="timed steps in a round")
     parser.add_argument(
@@ -133,6 +135,7 @@ def timed(names: list[str], config: PretrainConfig, arguments: argparse.Namespac
     words += [f"--dtype={config.model.dtype}", *([f"--device={arguments.device}"] if arguments.device else [])]
     words += ["--encoder-mask-tokens"] if config.model.encoder_mask_tokens else []
     words += ["--remat"] if config.model.remat else []
+    words += [f"--attention={config.model.attention}"]
     sides, name = [], names[0]
     try:
         for name in names:
@@ -196,8 +199,8 @@ def row_of(side: Process, first: Process | None, config: PretrainConfig, model: 
         rate = MatrixRate(*first.about["matrix"])
     seconds = [second for round_ in side.rounds for second in round_]
     about = {"version": side.about["version"], "device": side.about["device"], "matrix_size": rate.size}
-    told = {"side": side.name, "model": model, "remat": config.model.remat, "in_turn": in_turn}
-    told |= {"ratio_first_over_this": ratio}
+    told = {"side": side.name, "model": model, "remat": config.model.remat, "attention": config.model.attention}
+    told |= {"in_turn": in_turn, "ratio_first_over_this": ratio}
     return told | about | figures(config, seconds, side.peak_bytes, side.about["compile_seconds"], rate)
 
 
@@ -234,7 +237,10 @@ def main() -> None:
         raise SystemExit("--largest-batch needs one --batch to begin with, and --mask-tokens none or encoder")
     try:
         settings = [
-            [bench_config(arguments.model, batch, arguments.dtype, tokens, arguments.remat) for tokens in variants]
+            [
+                bench_config(arguments.model, batch, arguments.dtype, tokens, arguments.remat, arguments.attention)
+                for tokens in variants
+            ]
             for batch in arguments.batch
         ]
     except StatedError as error:

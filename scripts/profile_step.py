@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from mae_jax.bench.program import place
 from mae_jax.bench.setting import bench_config, use
 from mae_jax.errors import StatedError
 
@@ -27,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="by default what JAX finds")
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=60)
     parser.add_argument("--out", type=Path, help="a file; without it the table is printed")
@@ -36,7 +38,7 @@ def parse() -> argparse.Namespace:
 def origins(program: str) -> dict[str, str]:
     """Each instruction's place in the model, numbers of blocks left out."""
     found = (INSTRUCTION.match(text) for text in program.splitlines())
-    return {match[1]: re.sub(r"\d+", "*", match[2].partition("/")[2]) for match in found if match}
+    return {match[1]: place(match[2]) for match in found if match}
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             raise SystemExit(f"--{name} {getattr(arguments, name)} must be positive")
     try:
-        config = bench_config(arguments.model, arguments.batch, arguments.dtype)
+        config = bench_config(arguments.model, arguments.batch, arguments.dtype, attention=arguments.attention)
     except StatedError as error:
         raise SystemExit(str(error)) from error
     from mae_jax.train import cpu
@@ -84,9 +86,9 @@ def main() -> None:
         f"{milliseconds:.2f} ms a step while profiled, {total:.2f} ms of operations",
         f"{'ms':>9}{'share':>7}{'times':>7}  operation, where it comes from",
     ]
-    for (kind, place), spent_here in spent.most_common(arguments.rows):
-        times = count[kind, place] / arguments.steps
-        lines.append(f"{spent_here:9.3f}{spent_here / total:7.1%}{times:7.0f}  {kind}  {place}")
+    for (kind, origin), spent_here in spent.most_common(arguments.rows):
+        times = count[kind, origin] / arguments.steps
+        lines.append(f"{spent_here:9.3f}{spent_here / total:7.1%}{times:7.0f}  {kind}  {origin}")
     text = "\n".join(lines)
     if arguments.out:
         arguments.out.write_text(text + "\n")

@@ -44,6 +44,11 @@ REFUSED = {
     "no patch": (lambda: ModelConfig(patch_size=0), ("patch_size 0", "image_size 224")),
     "negative image": (lambda: ModelConfig(image_size=-16), ("patch_size 16", "image_size -16")),
     "no channels": (lambda: ModelConfig(in_channels=0), ("in_channels 0",)),
+    "cudnn's precision": (lambda: ModelConfig(attention="cudnn"), ("attention cudnn", "bfloat16, not float32")),
+    "cudnn's heads": (
+        lambda: ModelConfig(attention="cudnn", dtype="bfloat16", decoder=TransformerConfig(64, 1, 16)),
+        ("attention cudnn", "decoder.heads is 4"),
+    ),
     "keeps none": (lambda: ModelConfig(mask_ratio=0.999), ("mask_ratio 0.999", "keeps none", "196 patches")),
     "hides none": (lambda: ModelConfig(mask_ratio=0.0), ("mask_ratio 0.0", "hides none", "196 patches")),
     "negative ratio": (lambda: ModelConfig(mask_ratio=-0.5), ("mask_ratio -0.5", "hides none", "196 patches")),

@@ -11,14 +11,21 @@ from mae_jax.bench.matrix import matrix_rate
 from mae_jax.bench.setting import bench_config
 from mae_jax.bench.step import ready_step
 from mae_jax.bench.table import HEAD, Figures, MatrixRate, caption, factor_line, figures, line, reason
-from mae_jax.config import Dtype
+from mae_jax.config import AttentionKernel, Dtype
 from mae_jax.errors import StatedError
 
 MaskTokens = Literal["none", "encoder", "both"]
 
 
 def time_steps(
-    model: str, batch: int, dtype: Dtype, steps: int, warmup: int, mask_tokens: bool = False, remat: bool = False
+    model: str,
+    batch: int,
+    dtype: Dtype,
+    steps: int,
+    warmup: int,
+    mask_tokens: bool = False,
+    remat: bool = False,
+    attention: AttentionKernel = "xla",
 ) -> Figures:
     """The figures of one configuration; peak memory is that of this process, so each is to have its own.
 
@@ -27,7 +34,7 @@ def time_steps(
     """
     if steps < 1 or warmup < 1:
         raise StatedError(f"steps {steps} and warmup {warmup} must be positive")
-    config = bench_config(model, batch, dtype, mask_tokens, remat)
+    config = bench_config(model, batch, dtype, mask_tokens, remat, attention)
     ready = ready_step(config)
     for _ in range(warmup):
         ready.step()
@@ -38,7 +45,7 @@ def time_steps(
         seconds.append(time.perf_counter() - began)
     peak = ready.peak_bytes()  # before the large product
     rate = matrix_rate(dtype)
-    told = {"side": side(mask_tokens), "model": model, "remat": remat}
+    told = {"side": side(mask_tokens), "model": model, "remat": remat, "attention": attention}
     about = {"version": ready.version, "device": ready.device, "matrix_size": rate.size}
     return told | about | figures(config, seconds, peak, ready.compile_seconds, rate)
 
@@ -65,6 +72,7 @@ def rows(
     dtype: Dtype,
     mask_tokens: MaskTokens,
     remat: bool,
+    attention: AttentionKernel,
     steps: int,
     warmup: int,
 ) -> Iterator[Figures]:
@@ -78,11 +86,12 @@ def rows(
         raise StatedError("batches is empty: give at least one, such as --batches 64")
     for batch in batches:
         for tokens in variants:
-            bench_config(model, batch, dtype, tokens, remat)  # refused here, before any work
+            bench_config(model, batch, dtype, tokens, remat, attention)  # refused here, before any work
     if len(batches) * len(variants) == 1:
-        yield time_steps(model, batches[0], dtype, steps, warmup, variants[0], remat)
+        yield time_steps(model, batches[0], dtype, steps, warmup, variants[0], remat, attention)
         return
-    common = [f"--dtype={dtype}", f"--steps={steps}", f"--warmup={warmup}", *(["--remat"] if remat else [])]
+    common = [f"--dtype={dtype}", f"--steps={steps}", f"--warmup={warmup}", f"--attention={attention}"]
+    common += ["--remat"] if remat else []
     for batch in batches:
         for tokens in variants:
             yield in_own_process(model, batch, tokens, common)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mae_jax.config import MODELS, AugmentConfig, Dtype, ModelConfig, OptimConfig, PretrainConfig
+from mae_jax.config import MODELS, AttentionKernel, AugmentConfig, Dtype, ModelConfig, OptimConfig, PretrainConfig
 from mae_jax.errors import StatedError
 from mae_jax.presets import PRESETS
 
@@ -48,7 +48,14 @@ def named_model(name: str) -> ModelConfig:
     raise StatedError(f"model {name} is unknown; there are {', '.join([*MODELS, *PRESETS])}")
 
 
-def bench_config(name: str, batch: int, dtype: Dtype, mask_tokens: bool = False, remat: bool = False) -> PretrainConfig:
+def bench_config(
+    name: str,
+    batch: int,
+    dtype: Dtype,
+    mask_tokens: bool = False,
+    remat: bool = False,
+    attention: AttentionKernel = "xla",
+) -> PretrainConfig:
     """What is timed: normalised pixels, the paper's optimizer, one device.
 
     Raises:
@@ -63,6 +70,7 @@ def bench_config(name: str, batch: int, dtype: Dtype, mask_tokens: bool = False,
             norm_pix_loss=True,
             encoder_mask_tokens=mask_tokens,
             remat=remat,
+            attention=attention,
         )
     except ValueError as error:
         raise StatedError(str(error)) from error

@@ -10,16 +10,18 @@ import numpy as np
 
 from mae_jax.bench.setting import ReadyStep, peak_host_bytes, pixels
 from mae_jax.config import PretrainConfig
-from mae_jax.train.engines import choose_devices, pmap_engine
+from mae_jax.train.engines import check_attention, choose_devices, pmap_engine
 from mae_jax.train.objective import Batch
 from mae_jax.train.steps import init_state, make_step
 
 
 def ready_step(config: PretrainConfig) -> ReadyStep:
     """Compile the step for one device, with its batch there."""
+    devices = choose_devices(1)
+    check_attention(config.model, devices)
     engine = pmap_engine(
         lambda axis: make_step(config, steps_per_epoch=1000.0, epochs=100.0, axis_name=axis),
-        choose_devices(1),
+        devices,
         config.batch_size,
         config.accumulate,
     )

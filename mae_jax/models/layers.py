@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mae_jax.config import Dtype, TransformerConfig, wide
+from mae_jax.config import AttentionKernel, Dtype, TransformerConfig, wide
+from mae_jax.models.fused_attention import fused_attend
 from mae_jax.models.gradients import affine, attend, gelu, split_heads
 
 Tokens = Float[Array, "batch tokens width"]
@@ -55,14 +56,18 @@ class Attention(nn.Module):
 
     heads: int
     dtype: Dtype
+    kernel: AttentionKernel = "xla"
 
     @nn.compact
     def __call__(self, x: Tokens, since: int = 0) -> Float[Array, "batch tokens-{since} width"]:
         batch, tokens, width = x.shape
         fused = Dense(3 * width, self.dtype, name="qkv")(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = split_heads(fused)
-        mixed = attend(query[:, :, since:], key, value, self.dtype)
-        return Dense(width, self.dtype, name="proj")(mixed.transpose(0, 2, 1, 3).reshape(batch, tokens - since, width))
+        if self.kernel == "cudnn":
+            mixed = fused_attend(fused, since)
+        else:
+            query, key, value = split_heads(fused)
+            mixed = attend(query[:, :, since:], key, value, self.dtype).transpose(0, 2, 1, 3)
+        return Dense(width, self.dtype, name="proj")(mixed.reshape(batch, tokens - since, width))
 
 
 class Mlp(nn.Module):
@@ -88,10 +93,11 @@ class Block(nn.Module):
 
     config: TransformerConfig
     dtype: Dtype
+    attention: AttentionKernel = "xla"
 
     def setup(self) -> None:
         self.norm1 = LayerNorm(self.dtype)
-        self.attn = Attention(self.config.heads, self.dtype)
+        self.attn = Attention(self.config.heads, self.dtype, self.attention)
         self.norm2 = LayerNorm(self.dtype)
         self.mlp = Mlp(self.config.mlp_width, self.dtype)
 

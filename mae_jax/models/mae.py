@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         if config.encoder_mask_tokens:
             self.mask_token = self.param("mask_token", token_init, (1, 1, stack.width), wide(config.dtype))
         self.position_table = positions(self, config, stack.width)
-        self.block = [block_class(config.remat)(stack, config.dtype) for _ in range(stack.depth)]
+        self.block = [block_class(config.remat)(stack, config.dtype, config.attention) for _ in range(stack.depth)]
         self.norm = LayerNorm(config.dtype)
 
     def embed(self, visible: Patches, mask: Mask) -> Tokens:
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         if not config.encoder_mask_tokens:
             self.mask_token = self.param("mask_token", token_init, (1, 1, stack.width), wide(config.dtype))
         self.position_table = positions(self, config, stack.width)
-        self.block = [block_class(config.remat)(stack, config.dtype) for _ in range(stack.depth)]
+        self.block = [block_class(config.remat)(stack, config.dtype, config.attention) for _ in range(stack.depth)]
         self.norm = LayerNorm(config.dtype)
         self.pred = Dense(config.target_dim, config.dtype)
 

@@ -9,7 +9,7 @@ import jax
 from mae_jax import rng
 from mae_jax.config import RunConfig
 from mae_jax.errors import StatedError
-from mae_jax.train.engines import Engine, choose_devices, pmap_engine
+from mae_jax.train.engines import Engine, check_attention, choose_devices, pmap_engine
 from mae_jax.train.mesh import mesh_engine
 from mae_jax.train.steps import TrainState, init_state, make_step
 
@@ -47,13 +47,14 @@ def build_engine(config: RunConfig, length: Length) -> Engine:
     """The compiled step of a run on the devices that it asks for.
 
     Raises:
-      StatedError: there are not so many devices, batch or devices do not divide, float64 is not switched on, or the
-        engine does not work on several hosts and there are several.
+      StatedError: there are not so many devices, batch or devices do not divide, float64 is not switched on, the engine
+        does not work on several hosts and there are several, or the devices have no cuDNN that is asked for.
     """
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise StatedError('precision float64 needs jax.config.update("jax_enable_x64", True) before the run')
     build = functools.partial(make_step, config, steps_per_epoch=length.steps_per_epoch, epochs=length.epochs)
     devices, batch_size, accumulate = choose_devices(config.devices), config.batch_size, config.accumulate
+    check_attention(config.model, devices)
     if config.engine == "pmap":
         return pmap_engine(lambda axis: build(axis_name=axis), devices, batch_size, accumulate)
     fsdp = 1 if config.engine == "jit" else config.fsdp or len(devices)

@@ -386,6 +386,8 @@ def load_any(run_or_checkpoint: str | Path) -> tuple[RunConfig, Params, int]:
     """
     folder = find_checkpoint(run_or_checkpoint)
     config, recorded, _ = read_record(folder)
+    # What every device has.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     try:
         kind = "params" if config.optim.ema_decay is None else "average"
         whole = _abstract(

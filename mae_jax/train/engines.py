@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mae_jax.config import ModelConfig
 from mae_jax.errors import StatedError
 from mae_jax.train.objective import Batch
 from mae_jax.train.steps import Metrics, Step, TrainState
@@ -87,6 +88,16 @@ def check_divides(batch_size: int, devices: int, accumulate: int) -> None:
             f"batch_size {batch_size} is not divisible by {devices} devices x accumulate {accumulate} "
             f"(nearest that is: {max(1, round(batch_size / parts)) * parts})"
         )
+
+
+def check_attention(model: ModelConfig, devices: list[jax.Device]) -> None:
+    """Refuse cuDNN's attention where there is no GPU.
+
+    Raises:
+      StatedError: there is none.
+    """
+    if model.attention == "cudnn" and devices[0].platform != "gpu":
+        raise StatedError(f"attention cudnn needs an NVIDIA GPU, the device here is {devices[0].platform}: give xla")
 
 
 def steps_in_flight(devices: list[jax.Device]) -> int:

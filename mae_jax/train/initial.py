@@ -88,10 +88,9 @@ def adopted(config: FinetuneConfig, source: str) -> FinetuneConfig:
         if weights.normalisation_told:
             normalisation = weights.mean, weights.std
     positions = "learned" if config.model.positions == "learned" else found.positions
-    model = replace(
-        found, positions=positions, dtype=config.model.dtype, remat=config.model.remat, encoder_mask_tokens=False
-    )
+    own = {name: getattr(config.model, name) for name in ("dtype", "remat", "attention")}
     try:
+        model = replace(found, positions=positions, encoder_mask_tokens=False, **own)
         augment = replace(config.augment, mean=normalisation[0], std=normalisation[1])
         return replace(config, model=model, augment=augment)
     except ValueError as error:

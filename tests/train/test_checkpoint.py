@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from mae_jax.config import TransformerConfig
 from mae_jax.errors import StatedError
 from mae_jax.train.checkpoint import BROKEN, Checkpoints, _quiet_threads, fingerprint, load_params
 from mae_jax.train.engines import pmap_engine
@@ -68,6 +69,18 @@ def run(finished_run, tmp_path):
     config, workdir, states = finished_run
     shutil.copytree(workdir, tmp_path / "run")
     return config, tmp_path / "run", states
+
+
+def test_a_run_with_cudnn_is_read_where_there_is_none(tmp_path, begin):
+    wide = TransformerConfig(width=16, depth=1, heads=2)
+    plain = dataclasses.replace(TINY.model, dtype="bfloat16", encoder=wide, decoder=wide)
+    state = begin(dataclasses.replace(TINY, model=plain))
+    recorded = dataclasses.replace(TINY, model=dataclasses.replace(plain, attention="cudnn"))
+    with contextlib.closing(Checkpoints(tmp_path, recorded)) as checkpoints:
+        checkpoints.save(1, state)
+    config, params, _ = load_params(tmp_path)
+    assert config.model == plain
+    assert_same_bits(params, state.params)
 
 
 def assert_same_bits(found, expected):

@@ -1,15 +1,19 @@
 """Eight simulated devices compute what one computes."""
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from mae_jax import rng
+from mae_jax.config import TransformerConfig
 from mae_jax.errors import StatedError
 from mae_jax.models.mae import MaskedAutoencoder
-from mae_jax.train.engines import AXIS, choose_devices, pmap_engine
+from mae_jax.train.build import Length, build_engine
+from mae_jax.train.engines import AXIS, check_attention, choose_devices, pmap_engine
 from mae_jax.train.objective import normalise_images
 from mae_jax.train.pretraining import loss_and_gradients
 from mae_jax.train.steps import make_step
@@ -123,6 +127,15 @@ def test_devices_are_the_first_ones():
     assert choose_devices(3) == jax.local_devices()[:3]
     with pytest.raises(StatedError, match=r"devices 9 asked for, this host has 8 \(cpu\)"):
         choose_devices(9)
+
+
+def test_cudnn_is_refused_where_there_is_none(tiny):
+    config, wide = tiny(), TransformerConfig(width=16, depth=1, heads=2)
+    fused = dataclasses.replace(config.model, dtype="bfloat16", attention="cudnn", encoder=wide, decoder=wide)
+    check_attention(config.model, jax.local_devices())
+    check_attention(fused, [SimpleNamespace(platform="gpu")])
+    with pytest.raises(StatedError, match="attention cudnn needs an NVIDIA GPU, the device here is cpu"):
+        build_engine(dataclasses.replace(config, model=fused), Length(10, 1.0, 10.0))
 
 
 def test_simulated_devices_do_not_run_ahead(tiny):

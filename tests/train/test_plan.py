@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from mae_jax.config import MODELS
+from mae_jax.config import MODELS, TransformerConfig
 from mae_jax.errors import StatedError
 from mae_jax.train.plan import largest_batch, mask_token_ratio, measure, paper_rows, parse_bytes, plan, traffic
 from mae_jax.train.steps import init_state
@@ -53,6 +53,9 @@ def test_a_plan_of_a_small_run(tiny):
     found, _ = measure(dataclasses.replace(config, batch_size=most))
     assert 0.9 * 2**24 < found.total <= 2**24
     assert largest_batch(config, cut, 8, 1000) == 0
+    wide, model = TransformerConfig(width=16, depth=1, heads=2), config.model
+    fused = dataclasses.replace(model, dtype="bfloat16", attention="cudnn", encoder=wide, decoder=wide)
+    assert "DOES NOT FIT" in plan(dataclasses.replace(config, model=fused), 1000, 1e12, 1e9)
     said = plan(config, 1000, 1e12, 1e9)
     assert "8 devices, state cut 8 ways, batch 16" in said
     assert "DOES NOT FIT" in said

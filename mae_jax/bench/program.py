@@ -1,0 +1,117 @@
+"""A compiled program, read from XLA's text of it: each operation, where it comes from, and the bytes that it moves."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+
+# They name memory, and touch none.
+_FREE = frozenset({"parameter", "constant", "get-tuple-element", "tuple", "bitcast"})
+
+
+class Operation(NamedTuple):
+    """One step of the program, a fusion counted as one.
+
+    kind: its name without a number, which for a fusion tells what it does.
+    place: where in the model it comes from, numbers of blocks left out; "" where nothing is told.
+    moved: bytes of its operands and results, each once.
+    flops: of the matrix products in it, two for each multiply-add; those of a library call are not told.
+    """
+
+    kind: str
+    place: str
+    moved: int
+    flops: int
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    rest: str  # what stands behind the operands
+
+
+def place(op_name: str) -> str:
+    """Where in the model an `op_name` of XLA lies, numbers of blocks left out."""
+    return re.sub(r"\d+", "*", op_name.partition("/")[2])
+
+
+def size_of(shape: str) -> int:
+    """Bytes of an array or of a tuple of them, as XLA writes its type."""
+    return sum(math.prod(_dimensions(dims)) * BYTES.get(kind, 0) for kind, dims in _ARRAY.findall(shape))
+
+
+def operations(program: str) -> Iterator[Operation]:
+    """Of the entry computation, in order."""
+    computations = dict(_computations(program))
+    shapes: dict[str, str] = {}
+    for instruction in computations[""]:
+        shapes[instruction.name] = instruction.shape
+        if instruction.opcode in _FREE:
+            continue
+        origin = re.search(r'op_name="([^"]*)"', instruction.rest)
+        yield Operation(
+            re.sub(r"[.\d]+$", "", instruction.name),
+            place(origin[1]) if origin else "",
+            size_of(instruction.shape) + sum(size_of(shapes[name]) for name in set(instruction.operands)),
+            _products(instruction, shapes, computations),
+        )
+
+
+def _computations(program: str) -> Iterator[tuple[str, list[_Instruction]]]:
+    """Each computation's name, "" for the entry, and its instructions."""
+    name: str | None = None
+    found: list[_Instruction] = []
+    for line in program.splitlines():
+        if head := _COMPUTATION.match(line):
+            name, found = "" if head[1] else head[2], []
+        elif line.startswith("}") and name is not None:
+            yield name, found
+            name = None
+        elif name is not None and (match := _INSTRUCTION.match(line)):
+            operands, rest = _split(match[4])
+            found.append(_Instruction(match[1], match[2], match[3], re.findall(r"%([\w.\-]+)", operands), rest))
+
+
+def _split(text: str) -> tuple[str, str]:
+    """What lies before the bracket that closes, and behind it."""
+    depth = 1
+    for position, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return text[:position], text[position + 1 :]
+    return text, ""
+
+
+def _products(instruction: _Instruction, shapes: dict[str, str], computations: dict[str, list[_Instruction]]) -> int:
+    """FLOP of the matrix products in an instruction, and in what it calls."""
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+        left = _sides(shapes[instruction.operands[0]])
+        assert contracted is not None
+        depth = math.prod(left[axis] for axis in _dimensions(contracted[1]))
+        return 2 * depth * math.prod(_sides(instruction.shape))
+    flops = 0
+    for name in re.findall(r"calls=%?([\w.\-]+)", instruction.rest):
+        inner: dict[str, str] = {}
+        for called in computations.get(name, []):
+            inner[called.name] = called.shape
+            flops += _products(called, inner, computations)
+    return flops
+
+
+def _sides(shape: str) -> list[int]:
+    array = _ARRAY.search(shape)
+    assert array is not None
+    return _dimensions(array[2])
+
+
+def _dimensions(text: str) -> list[int]:
+    return [int(side) for side in text.split(",") if side]
