@@ -5,7 +5,7 @@ A combination that cannot work raises ValueError where it is built, naming both 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Positions = Literal["sincos2d", "sincos1d", "learned"]
 Masking = Literal["random", "block", "grid"]
@@ -97,7 +97,9 @@ class ModelConfig:
     encoder_mask_tokens: bool = False  # the encoder sees mask tokens, Table 1c's ablation
     dtype: Dtype = "float32"  # of matrix products; float64 makes everything float64, parameters included
     remat: bool = False  # recompute each block in the backward pass
-    attention: AttentionKernel = "xla"  # what computes it; cudnn needs an NVIDIA GPU and dtype bfloat16
+    # What computes attention. cudnn needs an NVIDIA GPU and dtype bfloat16; its gradient may differ in the last bits
+    # from one run to the next.
+    attention: AttentionKernel = "xla"
 
     def __post_init__(self) -> None:
         _require_whole(self, "in_channels")
@@ -129,6 +131,9 @@ class ModelConfig:
             raise ValueError(f"masking block needs 4 patches or more, this model has {self.num_patches}")
         if self.masking == "grid":
             self._check_grid_masking()
+        for name, allowed in (("dtype", get_args(Dtype)), ("attention", get_args(AttentionKernel))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)} is unknown (there are: {', '.join(allowed)})")
         if self.attention == "cudnn":
             self._check_cudnn()
 
@@ -147,13 +152,13 @@ class ModelConfig:
 
     def _check_cudnn(self) -> None:
         if self.dtype != "bfloat16":
-            raise ValueError(f"attention cudnn needs dtype bfloat16, not {self.dtype} (--precision bfloat16)")
+            raise ValueError(f"attention cudnn needs dtype bfloat16, not {self.dtype}: give it, or attention xla")
         for stack in ("encoder", "decoder"):
             head_dim = getattr(self, stack).head_dim
             if head_dim % 8 or head_dim > 128:
                 raise ValueError(
                     f"attention cudnn needs heads of a multiple of 8 values, at most 128: {stack}.width over "
-                    f"{stack}.heads is {head_dim}"
+                    f"{stack}.heads is {head_dim} (give attention xla)"
                 )
 
     def _check_grid_masking(self) -> None:

@@ -29,17 +29,20 @@ Job = tuple[str, list[str]]  # what it shows, and the words of its command
 
 
 def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str, attention: str) -> list[Job]:
-    """What is run, the most wanted first: the comparison, which has both kinds of attention, is worth the most."""
+    """What is run, the most wanted first: the comparison is worth more than a sweep."""
     common = [f"--dtype={dtype}", f"--device={device}", "--json", f"--rounds={rounds}"]
     kind = [] if attention == "xla" else [f"--attention={attention}"]
     alone = ["--against=", *kind]
-    others = "torch,torch-compile" + (",jax-cudnn" if (dtype, device) == ("bfloat16", "gpu") else "")
     largest = models[-1]
 
     def step(model: str, *words: str) -> list[str]:
         return ["bench_step.py", f"--model={model}", *common, *words]
 
-    compared = [("Beside PyTorch", step(model, f"--batch={batch}", f"--against={others}")) for model in models]
+    compared = [
+        ("Beside PyTorch", step(model, f"--batch={batch}", "--against=torch,torch-compile", *kind)) for model in models
+    ]
+    # In jobs of their own, since four sides would need more memory than a card has.
+    both = [("Attention", step(model, f"--batch={batch}", "--against=jax-cudnn")) for model in models]
     kept = [(title, step(largest, f"--batch={batch}", *alone, KEEP)) for title in (FIRST, SECOND)]
     profiles = [
         ("Profile", ["profile_step.py", f"--model={model}", f"--batch={batch}", *common[:2], *kind]) for model in models
@@ -53,7 +56,8 @@ def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str, at
     ]
     sizes = [str(size) for size in (batch // 4, batch // 2, batch * 2)]
     sweeps = [("Batches", [*step(model, *alone), "--batch", *sizes]) for model in models]
-    return compared + kept + profiles + tokens + memory + sweeps
+    fused = (dtype, device, attention) == ("bfloat16", "gpu", "xla")
+    return compared + (both if fused else []) + kept + profiles + tokens + memory + sweeps
 
 
 def run(number: int, job: Job, out: Path, minutes: float) -> dict[str, Any]:
@@ -63,6 +67,8 @@ def run(number: int, job: Job, out: Path, minutes: float) -> dict[str, Any]:
     keep = KEEP in words
     command = [sys.executable, str(SCRIPTS / words[0]), *(word for word in words[1:] if word != KEEP)]
     variables = {"JAX_COMPILATION_CACHE_DIR": cache} if keep else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if words[0] == "profile_step.py":
+        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"  # bench_step.py sets its own
     if title == FIRST:
         shutil.rmtree(cache, ignore_errors=True)  # what a start that was cut off has left
     began = time.monotonic()
@@ -124,13 +130,13 @@ def main() -> None:
     parser.add_argument("--retry", action="store_true", help="run jobs again that failed, but for lack of memory")
     parser.add_argument("--models", nargs="+", default=list(LARGE_MODELS), help="the last is the one that must fit")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=10, help="of 3 steps")
-    parser.add_argument(
-        "--attention", choices=("xla", "cudnn"), default="xla", help="of the jobs after the comparison, which has both"
-    )
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="of this project's side")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     arguments = parser.parse_args()
+    if (arguments.attention, arguments.dtype) == ("cudnn", "float32"):
+        sys.exit("--attention cudnn needs --dtype bfloat16")
     began, out = time.monotonic(), arguments.out
     out.mkdir(parents=True, exist_ok=True)
     record = out / "rows.jsonl"

@@ -199,7 +199,8 @@ def row_of(side: Process, first: Process | None, config: PretrainConfig, model: 
         rate = MatrixRate(*first.about["matrix"])
     seconds = [second for round_ in side.rounds for second in round_]
     about = {"version": side.about["version"], "device": side.about["device"], "matrix_size": rate.size}
-    told = {"side": side.name, "model": model, "remat": config.model.remat, "attention": config.model.attention}
+    attention = {"jax": config.model.attention, "jax-cudnn": "cudnn"}.get(side.name)
+    told = {"side": side.name, "model": model, "remat": config.model.remat, "attention": attention}
     told |= {"in_turn": in_turn, "ratio_first_over_this": ratio}
     return told | about | figures(config, seconds, side.peak_bytes, side.about["compile_seconds"], rate)
 
@@ -243,8 +244,12 @@ def main() -> None:
             ]
             for batch in arguments.batch
         ]
+        if "jax-cudnn" in names:
+            bench_config(arguments.model, 1, arguments.dtype, attention="cudnn")
     except StatedError as error:
         raise SystemExit(str(error)) from error
+    if arguments.attention == "cudnn" and "jax-cudnn" in names:
+        raise SystemExit("--attention cudnn --against jax-cudnn would time the same twice: leave one out")
     if arguments.largest_batch:
         sys.exit(report([largest_batch(settings[0][0], arguments)], arguments))
     failed = False

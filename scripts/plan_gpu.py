@@ -22,7 +22,7 @@ from mae_jax.bench.setting import bench_config
 from mae_jax.config import PretrainConfig
 from mae_jax.errors import StatedError
 
-# Bytes of memory, and bytes a second (NVIDIA's data sheets, SXM); the rest the two cards share.
+# Bytes of memory as CUDA tells them, and bytes a second by NVIDIA's data sheets (SXM); the rest the two cards share.
 GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 84_929_347_584, 3.352e12), "h200": ("NVIDIA H200", 151_397_597_184, 4.8e12)}
 HOPPER = """gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
@@ -85,7 +85,7 @@ def compiled_for(gpu: str, config: PretrainConfig) -> tuple[Any, float]:
     return lowered.compile(), time.perf_counter() - began
 
 
-def table(compiled: Any, config: PretrainConfig, title: str, rows: int) -> str:
+def table(compiled: Any, title: str, rows: int) -> str:
     """Memory, sums, and operations by the bytes that they move."""
     planned = compiled.memory_analysis()
     kept, temporary = planned.argument_size_in_bytes, planned.temp_size_in_bytes
@@ -135,7 +135,7 @@ def main() -> None:
     words = [arguments.model, f"batch {arguments.batch}", arguments.dtype, f"attention {arguments.attention}"]
     words += ["blocks recomputed"] * arguments.remat + ["mask tokens in the encoder"] * arguments.mask_tokens
     title = f"{', '.join(words)}, for {GPUS[arguments.gpu][0]}, jax {jax.__version__}: compiled in {seconds:.0f} s"
-    text = table(compiled, config, title, arguments.rows)
+    text = table(compiled, title, arguments.rows)
     if arguments.out:
         arguments.out.write_text(text + "\n")
     else:

@@ -58,7 +58,10 @@ def main() -> None:
 
     from mae_jax.bench.step import ready_step
 
-    ready = ready_step(config)
+    try:
+        ready = ready_step(config)
+    except StatedError as error:
+        raise SystemExit(str(error)) from error
     for _ in range(3):
         ready.step()
     with tempfile.TemporaryDirectory() as folder:

@@ -45,6 +45,8 @@ REFUSED = {
     "negative image": (lambda: ModelConfig(image_size=-16), ("patch_size 16", "image_size -16")),
     "no channels": (lambda: ModelConfig(in_channels=0), ("in_channels 0",)),
     "cudnn's precision": (lambda: ModelConfig(attention="cudnn"), ("attention cudnn", "bfloat16, not float32")),
+    "attention": (lambda: ModelConfig(attention="flash"), ("attention flash is unknown", "xla, cudnn")),
+    "precision": (lambda: ModelConfig(dtype="bf16"), ("dtype bf16 is unknown", "float32, bfloat16, float64")),
     "cudnn's heads": (
         lambda: ModelConfig(attention="cudnn", dtype="bfloat16", decoder=TransformerConfig(64, 1, 16)),
         ("attention cudnn", "decoder.heads is 4"),

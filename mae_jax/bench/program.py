@@ -1,13 +1,14 @@
-"""A compiled program, read from XLA's text of it: each operation, where it comes from, and the bytes that it moves."""
+"""A compiled program, read from XLA's text of it: each operation, where it comes from, and the bytes that it moves.
+
+Loops and conditionals count as one operation, by what goes in and out; the training step has none.
+"""
 
 import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
@@ -45,7 +46,13 @@ def place(op_name: str) -> str:
 
 def size_of(shape: str) -> int:
     """Bytes of an array or of a tuple of them, as XLA writes its type."""
-    return sum(math.prod(_dimensions(dims)) * BYTES.get(kind, 0) for kind, dims in _ARRAY.findall(shape))
+    return sum(math.prod(_dimensions(dims)) * _bits(kind) // 8 for kind, dims in _ARRAY.findall(shape))
+
+
+def _bits(kind: str) -> int:
+    """Of one value: its type's name tells, as in bf16, f8e4m3fn or u32; a truth value takes a byte, a token nothing."""
+    number = re.match(r"[a-z]+(\d+)", kind)
+    return int(number[1]) if number else 8 * (kind == "pred")
 
 
 def operations(program: str) -> Iterator[Operation]:

@@ -45,17 +45,19 @@ def time_steps(
         seconds.append(time.perf_counter() - began)
     peak = ready.peak_bytes()  # before the large product
     rate = matrix_rate(dtype)
-    told = {"side": side(mask_tokens), "model": model, "remat": remat, "attention": attention}
+    told = {"side": side(mask_tokens, attention), "model": model, "remat": remat, "attention": attention}
     about = {"version": ready.version, "device": ready.device, "matrix_size": rate.size}
     return told | about | figures(config, seconds, peak, ready.compile_seconds, rate)
 
 
-def side(mask_tokens: bool) -> str:
+def side(mask_tokens: bool, attention: AttentionKernel) -> str:
     """What a row is called."""
-    return "jax, tokens" if mask_tokens else "jax"
+    return ("jax-cudnn" if attention == "cudnn" else "jax") + (", tokens" if mask_tokens else "")
 
 
-def in_own_process(model: str, batch: int, mask_tokens: bool, words: Sequence[str]) -> Figures:
+def in_own_process(
+    model: str, batch: int, mask_tokens: bool, attention: AttentionKernel, words: Sequence[str]
+) -> Figures:
     """The same, in a process of its own; one that fails leaves a row that says why."""
     command = [sys.executable, "-m", "mae_jax.cli", "bench", model, "--batches", str(batch), "--json", *words]
     command.append(f"--mask-tokens={'encoder' if mask_tokens else 'none'}")
@@ -63,7 +65,7 @@ def in_own_process(model: str, batch: int, mask_tokens: bool, words: Sequence[st
     if done.returncode == 0:
         row: Figures = json.loads(done.stdout)
         return row
-    return {"side": side(mask_tokens), "batch": batch, "failed": reason(done.stderr, done.returncode)}
+    return {"side": side(mask_tokens, attention), "batch": batch, "failed": reason(done.stderr, done.returncode)}
 
 
 def rows(
@@ -94,7 +96,7 @@ def rows(
     common += ["--remat"] if remat else []
     for batch in batches:
         for tokens in variants:
-            yield in_own_process(model, batch, tokens, common)
+            yield in_own_process(model, batch, tokens, attention, common)
 
 
 def show(found: Iterator[Figures], model: str, as_json: bool) -> int:

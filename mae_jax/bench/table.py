@@ -85,14 +85,24 @@ def factor_line(model: str, with_tokens: Figures, without: Figures) -> str:
 
 def reason(said: str, code: int) -> str:
     """Of all that a process said, the line that tells why it ended, 200 characters at most."""
-    lines = [text.strip() for text in said.splitlines() if text.strip()]
+    lines = [text for line in said.splitlines() if (text := line.strip().strip("-")) and not text.startswith(NOTICE)]
     telling = [text for text in lines if lacks_memory(text)]
     killed = [f"{KILLED} (exit code {code})"] if code in (-9, 137) else []
     return (telling or killed or lines or [f"exit code {code}"])[-1][:200]
 
 
+NOTICE = "For simplicity, JAX has removed its internal frames"  # which follows the error, between lines of dashes
 KILLED = "killed"  # by the system, as a rule, that has no memory left
-NO_MEMORY = "out of memory", "resource_exhausted", "memoryerror", "bad_alloc", "can't allocate memory", KILLED
+NO_MEMORY = (
+    "out of memory",
+    "resource_exhausted",
+    "memoryerror",
+    "bad_alloc",
+    "can't allocate memory",
+    "alloc_failed",  # of cuBLAS and cuDNN
+    "dnn library initialization failed",  # what JAX says where nothing is left for cuDNN
+    KILLED,
+)
 
 
 def lacks_memory(why: str) -> bool:

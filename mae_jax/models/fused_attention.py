@@ -18,8 +18,8 @@ def fused_attend(fused: Fused, since: int = 0) -> BFloat16[Array, "batch tokens-
     """
     batch, tokens = fused.shape[:2]
     query, key, value = fused[:, since:, 0], fused[:, :, 1], fused[:, :, 2]
-    # cuDNN's gradient wants even lengths (jax 0.10 to 0.12). A key too many is told by the length, and has no weight; a
-    # query too many is cut off, so that its gradient is zero.
+    # JAX 0.10 to 0.12 refuse odd lengths where a gradient is asked for. A key too many is told by the length, and has
+    # no weight; a query too many is cut off, so that its gradient is zero.
     lengths = jnp.full(batch, tokens, jnp.int32) if tokens % 2 else None
     mixed = jax.nn.dot_product_attention(
         _even(query), _even(key), _even(value), key_value_seq_lengths=lengths, implementation="cudnn"

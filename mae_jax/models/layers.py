@@ -56,13 +56,13 @@ class Attention(nn.Module):
 
     heads: int
     dtype: Dtype
-    kernel: AttentionKernel = "xla"
+    attention: AttentionKernel = "xla"
 
     @nn.compact
     def __call__(self, x: Tokens, since: int = 0) -> Float[Array, "batch tokens-{since} width"]:
         batch, tokens, width = x.shape
         fused = Dense(3 * width, self.dtype, name="qkv")(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        if self.kernel == "cudnn":
+        if self.attention == "cudnn":
             mixed = fused_attend(fused, since)
         else:
             query, key, value = split_heads(fused)

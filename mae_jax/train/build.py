@@ -48,14 +48,14 @@ def build_engine(config: RunConfig, length: Length) -> Engine:
 
     Raises:
       StatedError: there are not so many devices, batch or devices do not divide, float64 is not switched on, the engine
-        does not work on several hosts and there are several, or the devices have no cuDNN that is asked for.
+        does not work on several hosts and there are several, or cuDNN is asked for where it cannot compute attention.
     """
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise StatedError('precision float64 needs jax.config.update("jax_enable_x64", True) before the run')
     build = functools.partial(make_step, config, steps_per_epoch=length.steps_per_epoch, epochs=length.epochs)
     devices, batch_size, accumulate = choose_devices(config.devices), config.batch_size, config.accumulate
-    check_attention(config.model, devices)
+    fsdp = (config.fsdp or len(devices)) if config.engine == "fsdp" else 1
+    check_attention(config.model, devices, fsdp)
     if config.engine == "pmap":
         return pmap_engine(lambda axis: build(axis_name=axis), devices, batch_size, accumulate)
-    fsdp = 1 if config.engine == "jit" else config.fsdp or len(devices)
     return mesh_engine(build(), state_shapes(config), devices, batch_size, accumulate, fsdp)

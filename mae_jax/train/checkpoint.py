@@ -379,14 +379,14 @@ def load_classifier(run_or_checkpoint: str | Path) -> tuple[FinetuneConfig, Para
 
 
 def load_any(run_or_checkpoint: str | Path) -> tuple[RunConfig, Params, int]:
-    """The same of either kind.
+    """The same of either kind. The configuration's attention is xla, whatever the run had.
 
     Raises:
       StatedError: there is no checkpoint, or it cannot be read.
     """
     folder = find_checkpoint(run_or_checkpoint)
     config, recorded, _ = read_record(folder)
-    # What every device has.
+    # A checkpoint is used where it is, which need not be a GPU.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     try:
         kind = "params" if config.optim.ema_decay is None else "average"

@@ -7,6 +7,7 @@ Every engine takes a batch as the host has it and returns the state in the same 
 - `jit` and `fsdp` (mae_jax/train/mesh.py): the compiler cuts the step by how its state and batch lie on a mesh.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -90,14 +91,26 @@ def check_divides(batch_size: int, devices: int, accumulate: int) -> None:
         )
 
 
-def check_attention(model: ModelConfig, devices: list[jax.Device]) -> None:
-    """Refuse cuDNN's attention where there is no GPU.
+def check_attention(model: ModelConfig, devices: list[jax.Device], fsdp: int = 1) -> None:
+    """Refuse cuDNN's attention where there is no GPU, or parameters are cut so that its heads cannot be.
+
+    The compiler cuts heads as the parameters that they come from, and fails where that leaves some of unequal size.
 
     Raises:
-      StatedError: there is none.
+      StatedError: it cannot be computed.
     """
-    if model.attention == "cudnn" and devices[0].platform != "gpu":
-        raise StatedError(f"attention cudnn needs an NVIDIA GPU, the device here is {devices[0].platform}: give xla")
+    if model.attention != "cudnn":
+        return
+    if devices[0].platform != "gpu":
+        raise StatedError(
+            f"attention cudnn needs an NVIDIA GPU, the device here is {devices[0].platform}: give attention xla"
+        )
+    for name, heads in (("encoder", model.encoder.heads), ("decoder", model.decoder.heads)):
+        if math.gcd(heads, fsdp) not in (1, fsdp):
+            raise StatedError(
+                f"attention cudnn cannot cut {name}.heads {heads} over fsdp {fsdp}: give an --fsdp that divides it, "
+                "or attention xla"
+            )
 
 
 def steps_in_flight(devices: list[jax.Device]) -> int:

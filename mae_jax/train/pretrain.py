@@ -56,7 +56,9 @@ class Pictures:
             return
         noise = sample_noise(config.seed, len(self._samples), config.model)
         params = nearby(state.params if state.average is None else state.average)
-        views = reconstruct(params, self._samples, noise, config.model, config.augment)
+        # The few pictures are not cut over the devices as a batch is, which cuDNN's attention would need.
+        model = dataclasses.replace(config.model, attention="xla")
+        views = reconstruct(params, self._samples, noise, model, config.augment)
         self._room.log.picture("reconstruction", step, np.asarray(draw(views, f"step {step}")))
 
 

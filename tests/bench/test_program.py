@@ -34,14 +34,20 @@ def test_each_operation_of_a_program():
 
 
 @pytest.mark.parametrize(
-    ("shape", "size"), [("f32[]", 4), ("bf16[3,5]{1,0:T(8,128)}", 30), ("(f32[2], (pred[7], s64[1]))", 23)]
+    ("shape", "size"),
+    [
+        ("f32[]", 4),
+        ("bf16[3,5]{1,0:T(8,128)}", 30),
+        ("(f32[2], (pred[7], s64[1]))", 23),
+        ("(f8e4m3fn[3], c64[2], token[])", 19),
+    ],
 )
 def test_sizes_of_types(shape, size):
     assert size_of(shape) == size
 
 
 def test_what_xla_writes_today():
-    left, right = jnp.ones((64, 32)), jnp.ones((32, 16))
+    left, right = jax.device_put((jnp.ones((64, 32)), jnp.ones((32, 16))), jax.devices("cpu")[0])
     compiled = jax.jit(lambda left, right: jnp.tanh(left @ right) @ right.T).lower(left, right).compile()
     found = list(operations(compiled.as_text()))
     assert sum(operation.flops for operation in found) == 2 * 2 * 64 * 32 * 16

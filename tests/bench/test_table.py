@@ -59,4 +59,10 @@ def test_the_line_that_tells_why_is_found(said, told):
 
 def test_a_process_that_was_killed_lacked_memory():
     assert lacks_memory(reason("a warning", -9))
+    assert lacks_memory("RuntimeError: DNN library initialization failed.")
+    notice = "-" * 20 + "\nFor simplicity, JAX has removed its internal frames from the traceback.\n"
+    assert (
+        reason(f"Traceback\nRuntimeError: cuDNN is not detected.\n{notice}", 1)
+        == "RuntimeError: cuDNN is not detected."
+    )
     assert not lacks_memory(reason("ValueError: no", 1))

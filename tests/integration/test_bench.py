@@ -1,6 +1,6 @@
 """`mae-jax bench` and the benchmark beside PyTorch, in short."""
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -125,6 +125,59 @@ def test_a_first_start_is_cold_and_no_job_takes_for_ever(tmp_path: Path, monkeyp
         done = bench_gpu.run(3, (title, ["bench_step.py", "--model=digits", bench_gpu.KEEP]), tmp_path, 0.001)
         assert done["rows"][0]["failed"] == "took longer than 0.001 minutes"
         assert left.exists() == stays
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["bench_step.py", "--model=digits", "--against=jax-cudnn"],
+            "attention cudnn needs dtype bfloat16, not float32",
+        ),
+        (
+            ["bench_step.py", "--dtype=bfloat16", "--attention=cudnn", "--against=jax-cudnn"],
+            "would time the same twice",
+        ),
+        (
+            ["profile_step.py", "--dtype=bfloat16", "--attention=cudnn", "--device=cpu"],
+            "attention cudnn needs an NVIDIA GPU, the device here is cpu",
+        ),
+        (["bench_gpu.py", "--dtype=float32", "--attention=cudnn"], "--attention cudnn needs --dtype bfloat16"),
+        (["plan_gpu.py", "--model=vit_giant"], "model vit_giant is unknown"),
+        (["plan_gpu.py", "--rows=0"], "--rows 0 must be positive"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_line(
+    words: list[str], said: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    done = script(tmp_path_factory, *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is not None, reason="a compiler for GPUs may be here")
+def test_a_plan_needs_the_compiler_for_gpus(tmp_path_factory: pytest.TempPathFactory) -> None:
+    done = script(tmp_path_factory, "plan_gpu.py", "--model=digits", "--batch=8")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == 'there is no compiler for GPUs here: pip install "jax[cuda12]"\n'
+
+
+def test_both_kinds_of_attention_are_compared_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench_gpu = importlib.import_module("bench_gpu")
+    models = ["vit_base_patch16", "vit_huge_patch14"]
+
+    def jobs(dtype: str, attention: str) -> list[tuple[str, list[str]]]:
+        found: list[tuple[str, list[str]]] = bench_gpu.jobs(models, 256, dtype, 10, "gpu", attention)
+        return found
+
+    compared = [words for title, words in jobs("bfloat16", "xla") if title == "Attention"]
+    assert [words[1] for words in compared] == [f"--model={model}" for model in models]
+    assert all("--against=jax-cudnn" in words for words in compared)
+    assert not any("--attention=cudnn" in words for _, words in jobs("bfloat16", "xla"))
+    assert all("--attention=cudnn" in words for _, words in jobs("bfloat16", "cudnn"))
+    assert "Attention" not in [title for title, _ in jobs("float32", "xla") + jobs("bfloat16", "cudnn")]
 
 
 def bench_step(factory: pytest.TempPathFactory, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":

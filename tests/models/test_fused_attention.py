@@ -12,8 +12,8 @@ from mae_jax.models.layers import Block
 CASES = [(6, 0), (7, 0), (7, 2), (7, 3), (6, 3)]  # tokens, of which the first so many have no query
 
 
-def fused(tokens, dtype=jnp.bfloat16):
-    return jnp.asarray(np.random.default_rng(tokens).normal(size=(3, tokens, 3, 2, 8)), dtype)
+def fused(tokens, head_dim):
+    return jnp.asarray(np.random.default_rng(tokens).normal(size=(3, tokens, 3, 2, head_dim)), jnp.bfloat16)
 
 
 def plain(fused, since):
@@ -27,10 +27,11 @@ def result_and_gradient(attend, inputs, since):
     return result, *transpose(jnp.cos(jnp.arange(result.size)).reshape(result.shape).astype(result.dtype))
 
 
-def check(tokens, since):
+def check(tokens, since, head_dim=8):
     """Against the plain formula in float32: off by bfloat16's rounding alone."""
-    found = result_and_gradient(fused_attend, fused(tokens), since)
-    expected = result_and_gradient(plain, fused(tokens).astype(jnp.float32), since)
+    inputs = fused(tokens, head_dim)
+    found = result_and_gradient(fused_attend, inputs, since)
+    expected = result_and_gradient(plain, inputs.astype(jnp.float32), since)
     for low, leaf in zip(found, expected, strict=True):
         assert low.dtype == jnp.bfloat16
         assert low.shape == leaf.shape
@@ -76,5 +77,7 @@ def test_a_block_has_the_same_parameters_with_it(stand_in):
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("tokens", "since"), CASES)
-def test_on_a_gpu(tokens, since):
-    check(tokens, since)
+@pytest.mark.parametrize("head_dim", [8, 32, 64, 80])
+def test_on_a_gpu(tokens, since, head_dim):
+    check(tokens, since, head_dim)
+    check(196 + tokens % 2, since, head_dim)

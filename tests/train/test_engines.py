@@ -133,7 +133,11 @@ def test_cudnn_is_refused_where_there_is_none(tiny):
     config, wide = tiny(), TransformerConfig(width=16, depth=1, heads=2)
     fused = dataclasses.replace(config.model, dtype="bfloat16", attention="cudnn", encoder=wide, decoder=wide)
     check_attention(config.model, jax.local_devices())
-    check_attention(fused, [SimpleNamespace(platform="gpu")])
+    gpu = [SimpleNamespace(platform="gpu")]
+    for fsdp in (1, 2, 3):
+        check_attention(fused, gpu, fsdp)
+    with pytest.raises(StatedError, match=r"cannot cut encoder.heads 2 over fsdp 4: give an --fsdp that divides it"):
+        check_attention(fused, gpu, 4)
     with pytest.raises(StatedError, match="attention cudnn needs an NVIDIA GPU, the device here is cpu"):
         build_engine(dataclasses.replace(config, model=fused), Length(10, 1.0, 10.0))
 
