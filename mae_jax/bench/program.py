@@ -1,6 +1,7 @@
 """A compiled program, read from XLA's text of it: each operation, where it comes from, and the bytes that it moves.
 
-Loops and conditionals count as one operation, by what goes in and out; the training step has none.
+Loops and conditionals count as one operation, by what goes in and out; a training step has none, unless it
+accumulates.
 """
 
 import math
