@@ -13,8 +13,8 @@ from mae_jax.models.classifier import Classifier
 from mae_jax.port.inference import Hints
 from mae_jax.port.keys import Config, encoder_config
 from mae_jax.port.reading import is_run, read_weights
-from mae_jax.train.checkpoint import load_params
 from mae_jax.train.objective import Params
+from mae_jax.train.saved_params import load_params
 from mae_jax.train.steps import init_state
 from mae_jax.train.workdir import find_checkpoint, read_record
 

@@ -14,7 +14,7 @@ from mae_jax.data.evaluation import load_images, load_samples
 from mae_jax.data.sources import open_source
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.reconstruction import draw, reconstruct, sample_noise
-from mae_jax.train.checkpoint import load_params
+from mae_jax.train.saved_params import load_params
 
 
 def reconstruction_sheet(

@@ -18,8 +18,8 @@ from mae_jax.port.inference import Hints, infer_config
 from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, from_fair
 from mae_jax.port.layouts import Layout, detect, from_layout, in_decoder
 from mae_jax.port.weights import Weights, default_normalisation, for_image_size
-from mae_jax.train.checkpoint import load_any
 from mae_jax.train.classification import BATCH_NORM_EPS, folded
+from mae_jax.train.saved_params import load_any
 
 # The files of a folder that may hold its weights, the first that is there.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")

@@ -16,7 +16,7 @@ from mae_jax.port.formats import Format, file_in, is_folder, require_expressible
 from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, to_fair
 from mae_jax.port.layouts import to_layout, written
 from mae_jax.port.weights import Weights, default_normalisation
-from mae_jax.train.checkpoint import save_params
+from mae_jax.train.saved_params import save_params
 
 FileDtype = Literal["float32", "float16", "bfloat16"]
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from mae_jax.config import RunConfig
 from mae_jax.errors import StatedError
-from mae_jax.train.checkpoint import save_params
 from mae_jax.train.hosts import Hosts
 from mae_jax.train.objective import Params
+from mae_jax.train.saved_params import save_params
 from mae_jax.train.workdir import CHECKPOINTS, checkpoint_folders
 
 BEST = "best"

@@ -1,142 +1,30 @@
 """Checkpoints through Orbax: written in the background, whole or not at all, and known to be what was written.
 
-Orbax notices a missing or short file but reads flipped bits as numbers, so each checkpoint records a fingerprint
-of every array, and a restored one must have the same.
+Each records a fingerprint of every array, and a restored one must have the same.
 """
 
 import contextlib
 import dataclasses
-import functools
-import gc
-import logging
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
 
-from mae_jax.config import FinetuneConfig, PretrainConfig, RunConfig
+from mae_jax.config import RunConfig
 from mae_jax.errors import StatedError
+from mae_jax.train.fingerprint import check_fingerprint, fingerprint
 from mae_jax.train.hosts import Hosts
-from mae_jax.train.objective import Params
-from mae_jax.train.steps import init_state
-from mae_jax.train.workdir import CHECKPOINTS, RECORD, config_to_dict, find_checkpoint, read_record
+from mae_jax.train.quiet import quiet_threads, release, silence_late_tasks
+from mae_jax.train.workdir import CHECKPOINTS, RECORD, config_to_dict, read_record
 
 Tree = TypeVar("Tree")
 
 BROKEN = "broken-checkpoints"
 ALONE = Hosts()
-
-
-def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
-    def one(leaf: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
-        # Not raveled: each device sums up the part that it has, with the places that this has in the whole.
-        place = jnp.zeros((), jnp.uint32)
-        for axis, size in enumerate(words.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        return jnp.sum(words.astype(jnp.uint32) * (2 * place + jnp.uint32(1)), dtype=jnp.uint32)
-
-    return jnp.stack([one(leaf) for leaf in leaves])
-
-
-@functools.cache
-def _summing(sharding: Sharding) -> Callable[[list[jax.Array]], jax.Array]:
-    return jax.jit(_fingerprints, out_shardings=sharding)
-
-
-def fingerprint(tree: Any) -> dict[str, int]:
-    """A 32-bit sum of each array's bits, weighted by place: a change of any one 32-bit word changes it.
-
-    The same for every layout. Where arrays lie on several hosts, all of them must call this.
-    """
-    paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(tree)[0], strict=True)
-    sharding = leaves[0].sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    sums = np.asarray(_summing(sharding)(list(leaves)))
-    return {jax.tree_util.keystr(path): int(value) for path, value in zip(paths, sums, strict=True)}
-
-
-def _check_fingerprint(tree: Any, recorded: dict[str, int]) -> None:
-    wrong = [key for key, value in fingerprint(tree).items() if recorded.get(key) != value]
-    if wrong:
-        raise ValueError(f"{len(wrong)} arrays are not what was written, {wrong[0]} among them")
-
-
-def _release(error: BaseException | None) -> None:
-    """Let go of the coroutines that the frames of an error hold; asyncio reports each when it is collected."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def _of_no_concern(unraisable: "sys.UnraisableHookArgs") -> bool:
-    """Whether it is of a read whose event loop is closed: TensorStore calls the loop, and drops what waited for it.
-
-    What waited is a coroutine of Orbax, which turns even its own end (GeneratorExit) into an error.
-    """
-    waiting = getattr(unraisable.object, "cr_code", None)
-    return str(unraisable.exc_value) == "Event loop is closed" or (
-        waiting is not None and waiting.co_filename.startswith(str(Path(ocp.__file__).parent))
-    )
-
-
-@contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """The first read or write that fails is raised, and nothing is said of those beside it.
-
-    Orbax reads and writes with coroutines and threads: those that fail later are logged, or reported by asyncio when
-    they are collected; those that end when the event loop is closed already by the interpreter, from other threads.
-    """
-    report, late = sys.unraisablehook, []
-
-    def others(unraisable: "sys.UnraisableHookArgs") -> None:
-        if _of_no_concern(unraisable):
-            late.append(unraisable.exc_type)
-        else:
-            report(unraisable)
-
-    loggers = {name: logging.getLogger(name) for name in ("asyncio", "absl")}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    failed = False
-    try:
-        sys.unraisablehook = others
-        for logger in loggers.values():
-            logger.setLevel(logging.CRITICAL + 1)
-        yield
-    except Exception as error:
-        failed = True
-        _release(error)
-        raise
-    finally:
-        seen = -1 if failed else 0
-        while seen < len(late):
-            seen = len(late)
-            time.sleep(0.3)
-        gc.collect()
-        sys.unraisablehook = report
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
-
-
-def _silence_late_tasks() -> None:
-    """Reads that failed beside another may be collected, and reported, only as the interpreter ends."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
-
-
-def _abstract(tree: Tree, layout: Any) -> Tree:
-    """Shapes with their shardings; `layout` is one sharding for all, or a tree of them."""
-    layout = jax.tree.broadcast(layout, tree, is_leaf=lambda x: isinstance(x, Sharding))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +53,12 @@ class _StateHandler(ocp.StandardCheckpointHandler):
         return [_Write(write, self._failed) for write in await super().async_save(*args, **settings) or []]
 
 
+def _abstract(tree: Tree, layout: Any) -> Tree:
+    """Shapes with their shardings; `layout` is one sharding for all, or a tree of them."""
+    layout = jax.tree.broadcast(layout, tree, is_leaf=lambda x: isinstance(x, Sharding))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
+
+
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and every multiple of `keep_every` steps; or the newest alone.
 
@@ -184,7 +78,7 @@ class Checkpoints:
         self.folder = workdir / CHECKPOINTS
         self._said, self._hosts = {"config": config_to_dict(config), "examples": examples}, hosts
         self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(_quiet_threads())
+        self._quiet.enter_context(quiet_threads())
         self._late_tasks = False  # whether reads that failed may still be reported
         policies = [checkpoint_managers.LatestN(1 if newest_only else config.keep)]
         if config.keep_every is not None and not newest_only:
@@ -263,12 +157,12 @@ class Checkpoints:
                 state = reader.restore(self.path(step) / "state", args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
             failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            _release(error)
+            release(error)
             self._late_tasks = True
         failures = [text for text in self._hosts.gather(f"restored {step}", failure) if text]
         if failures or state is None:
             raise ValueError(failures[0])
-        _check_fingerprint(state, recorded)
+        check_fingerprint(state, recorded)
         return state
 
     def _reader(self) -> ocp.Checkpointer:
@@ -300,7 +194,7 @@ class Checkpoints:
             yield
         except Exception as error:  # whatever a disk makes Orbax and its layers raise
             self._give_up(error)
-            _release(error)
+            release(error)
             raise StatedError(self._why(error)) from error
 
     def _give_up(self, error: BaseException) -> None:
@@ -329,82 +223,4 @@ class Checkpoints:
             finally:
                 del self._manager  # with what is left of a save that failed
         if self._late_tasks:
-            _silence_late_tasks()
-
-
-class Exported(NamedTuple):
-    """What a checkpoint without a run behind it holds; its names are those of TrainState."""
-
-    params: Params
-
-
-def save_params(path: Path, config: RunConfig, params: Params) -> None:
-    """Write parameters, of the whole model or of its encoder alone, as a checkpoint that `load_params` reads."""
-    exported = Exported(jax.tree.map(jnp.asarray, params))
-    record = {"config": config_to_dict(config), "fingerprint": fingerprint(exported)}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(exported), **{RECORD: ocp.args.JsonSave(record)})
-        writer.save(path.absolute(), args=arguments)
-
-
-def load_params(
-    run_or_checkpoint: str | Path, part: Literal["all", "encoder"] = "encoder"
-) -> tuple[PretrainConfig, Params, int]:
-    """Configuration, parameters (their running average where the run keeps one) and step of a pretraining checkpoint.
-
-    The optimizer's state is not read. A checkpoint that was ported may hold the encoder alone; its step is 0.
-
-    Raises:
-      StatedError: there is no checkpoint, it cannot be read, it is a classifier's, or it has no decoder and `part`
-        all asks for one.
-    """
-    config, params, step = load_any(run_or_checkpoint)
-    if not isinstance(config, PretrainConfig):
-        raise StatedError(f"{run_or_checkpoint} holds a classifier, and this needs a pretraining run")
-    if part == "all" and "decoder" not in params:
-        raise StatedError(f"{run_or_checkpoint} holds an encoder alone, and this needs the decoder too")
-    return config, params, step
-
-
-def load_classifier(run_or_checkpoint: str | Path) -> tuple[FinetuneConfig, Params, int]:
-    """Configuration, parameters (their running average where the run keeps one) and step of a classifier's checkpoint.
-
-    Raises:
-      StatedError: there is no checkpoint, it cannot be read, or it is a pretraining run's.
-    """
-    config, params, step = load_any(run_or_checkpoint)
-    if not isinstance(config, FinetuneConfig):
-        raise StatedError(f"{run_or_checkpoint} holds no classifier: it is a pretraining run's")
-    return config, params, step
-
-
-def load_any(run_or_checkpoint: str | Path) -> tuple[RunConfig, Params, int]:
-    """The same of either kind. The configuration's attention is xla, whatever the run had.
-
-    Raises:
-      StatedError: there is no checkpoint, or it cannot be read.
-    """
-    folder = find_checkpoint(run_or_checkpoint)
-    config, recorded, _ = read_record(folder)
-    # A checkpoint is used where it is, which need not be a GPU.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
-    try:
-        kind = "params" if config.optim.ema_decay is None else "average"
-        whole = _abstract(
-            jax.eval_shape(lambda: init_state(config)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        )
-        item = {kind: getattr(whole, kind)}
-        if isinstance(config, PretrainConfig) and not any("['decoder']" in key for key in recorded):
-            item[kind] = {"encoder": item[kind]["encoder"]}
-        with _quiet_threads(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arguments = ocp.args.PyTreeRestore(
-                item=item,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                partial_restore=True,
-            )
-            params = reader.restore(folder / "state", args=arguments)[kind]
-        prefix = jax.tree_util.keystr((jax.tree_util.GetAttrKey(kind),))
-        _check_fingerprint(params, {key.removeprefix(prefix): value for key, value in recorded.items()})
-    except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
-        raise StatedError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {error}") from error
-    return config, params, int(folder.name) if folder.name.isdigit() else 0
+            silence_late_tasks()

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from mae_jax.train.checkpoint import load_params
+from mae_jax.train.saved_params import load_params
 
 from .conftest import ROOT, TINY, Run, Start
 from .test_pretrain import rows

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mae_jax.config import FinetuneConfig
-from mae_jax.train.checkpoint import load_classifier
+from mae_jax.train.saved_params import load_classifier
 from mae_jax.train.workdir import read_record
 
 from .conftest import TINY, Run, Start

@@ -22,7 +22,7 @@ from mae_jax.port.keys import to_fair
 from mae_jax.port.layouts import LAYOUTS, to_layout
 from mae_jax.port.port import port
 from mae_jax.port.reading import read_weights
-from mae_jax.train.checkpoint import load_params
+from mae_jax.train.saved_params import load_params
 
 from .conftest import CLASSIFIERS, ODD, TINY, draw_params
 

@@ -1,7 +1,9 @@
 """A run so small that its step compiles in a second."""
 
+import contextlib
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 
 from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig, TransformerConfig
+from mae_jax.train.checkpoint import Checkpoints
 from mae_jax.train.objective import Batch
 from mae_jax.train.steps import init_state
+from tests.train.saved_runs import STEPS, state_at
 
 TINY = PretrainConfig(
     model=ModelConfig(
@@ -74,3 +78,24 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, begin):
+    """A folder with three checkpoints, and the states that they hold."""
+    # The fixture `tiny` is remade for each test; a session's needs its own.
+    config = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, ema_decay=0.5), keep=len(STEPS))
+    workdir = tmp_path_factory.mktemp("run")
+    states = {step: state_at(begin(config), step) for step in STEPS}
+    with contextlib.closing(Checkpoints(workdir, config)) as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state)
+    return config, workdir, states
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of it, to be broken."""
+    config, workdir, states = finished_run
+    shutil.copytree(workdir, tmp_path / "run")
+    return config, tmp_path / "run", states

@@ -1,27 +1,17 @@
 """A checkpoint comes back bit for bit, or is known to be broken."""
 
 import contextlib
-import dataclasses
-import gc
-import shutil
-import sys
-import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from mae_jax.config import TransformerConfig
 from mae_jax.errors import StatedError
-from mae_jax.train.checkpoint import BROKEN, Checkpoints, _quiet_threads, fingerprint, load_params
+from mae_jax.train.checkpoint import BROKEN, Checkpoints
 from mae_jax.train.engines import pmap_engine
 from mae_jax.train.steps import make_step
-from tests.train.conftest import TINY
-
-STEPS = (2, 4, 6)
+from tests.train.saved_runs import DAMAGE, STEPS, assert_same_bits, flip
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -37,58 +27,6 @@ def engine_on(config, count):
 
 def on_one():
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-def state_at(state, step):
-    """A state of a run's length whose every number is another one, also in EMA and in the optimizer."""
-    rng = np.random.default_rng(step)
-
-    def draw(leaf):
-        values = rng.normal(size=leaf.shape) if leaf.dtype.kind == "f" else np.full(leaf.shape, step)
-        return jnp.asarray(values, leaf.dtype)
-
-    return jax.tree.map(draw, state)
-
-
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, begin):
-    """A folder with three checkpoints, and the states that they hold."""
-    # The fixture `tiny` is remade for each test; a session's needs its own.
-    config = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, ema_decay=0.5), keep=len(STEPS))
-    workdir = tmp_path_factory.mktemp("run")
-    states = {step: state_at(begin(config), step) for step in STEPS}
-    with contextlib.closing(Checkpoints(workdir, config)) as checkpoints:
-        for step, state in states.items():
-            checkpoints.save(step, state)
-    return config, workdir, states
-
-
-@pytest.fixture
-def run(finished_run, tmp_path):
-    """A copy of it, to be broken."""
-    config, workdir, states = finished_run
-    shutil.copytree(workdir, tmp_path / "run")
-    return config, tmp_path / "run", states
-
-
-def test_a_run_with_cudnn_is_read_where_there_is_none(tmp_path, begin):
-    wide = TransformerConfig(width=16, depth=1, heads=2)
-    plain = dataclasses.replace(TINY.model, dtype="bfloat16", encoder=wide, decoder=wide)
-    state = begin(dataclasses.replace(TINY, model=plain))
-    recorded = dataclasses.replace(TINY, model=dataclasses.replace(plain, attention="cudnn"))
-    with contextlib.closing(Checkpoints(tmp_path, recorded)) as checkpoints:
-        checkpoints.save(1, state)
-    config, params, _ = load_params(tmp_path)
-    assert config.model == plain
-    assert_same_bits(params, state.params)
-
-
-def assert_same_bits(found, expected):
-    paths = jax.tree.leaves_with_path(expected)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for (path, wanted), leaf in zip(paths, jax.tree.leaves(found), strict=True):
-        assert (leaf.dtype, leaf.shape) == (wanted.dtype, wanted.shape), path
-        assert np.asarray(leaf).tobytes() == np.asarray(wanted).tobytes(), path
 
 
 def restore(config, workdir, like, sharding=None):
@@ -141,47 +79,6 @@ def test_which_checkpoints_are_kept(tmp_path, tiny, keep, keep_every, left):
     with contextlib.closing(Checkpoints(tmp_path, config)) as checkpoints:
         assert checkpoints.steps() == left
         assert all(checkpoints.path(step).is_dir() for step in left)
-
-
-def largest_file(folder):
-    return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-
-
-def cut(folder):
-    file = largest_file(folder / "state")
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def delete(folder):
-    """All files of data, whatever they are called; which of them holds which array is Orbax's affair."""
-    for file in (folder / "state").rglob("d/*"):
-        file.unlink()
-
-
-def flip(folder):
-    file = largest_file(folder / "state")
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0b100
-    file.write_bytes(data)
-
-
-def delete_record(folder):
-    shutil.rmtree(folder / "record")
-
-
-def empty(folder):
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-
-
-def another_state(folder):
-    """All is well formed, but these are the numbers of another step."""
-    shutil.rmtree(folder / "state")
-    shutil.copytree(folder.parent / "2" / "state", folder / "state")
-
-
-DAMAGE = [cut, delete, flip, delete_record, empty, another_state]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
@@ -242,75 +139,3 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path, tiny, begin, bat
     for batch, loss in zip(given[2:], losses, strict=True):
         state, metrics = four.step(state, four.put(batch))
         np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
-
-
-def test_parameters_of_a_run_and_of_one_checkpoint(run):
-    """Of a run that keeps one, the running average."""
-    config, workdir, states = run
-    for given, step in {workdir: 6, workdir / "checkpoints" / "4": 4}.items():
-        found_config, params, found_step = load_params(given)
-        assert (found_config, found_step) == (config, step)
-        assert_same_bits(params, states[step].average)
-
-
-def test_parameters_of_a_run_without_an_average(tmp_path, tiny, begin):
-    config = tiny()
-    state = state_at(begin(config), 3)
-    with contextlib.closing(Checkpoints(tmp_path, config)) as checkpoints:
-        checkpoints.save(3, state)
-    assert_same_bits(load_params(tmp_path)[1], state.params)
-
-
-@pytest.mark.parametrize("damage", [cut, delete, flip, delete_record, empty], ids=lambda damage: damage.__name__)
-def test_parameters_of_a_broken_checkpoint_are_refused(run, damage, caplog):
-    _, workdir, _ = run
-    folder = workdir / "checkpoints" / "4"
-    damage(folder)
-    with pytest.raises(StatedError, match=rf"{folder}.* (cannot be read|nor a checkpoint)"):
-        load_params(folder)
-    gc.collect()
-    assert caplog.records == []  # what failed beside the first read does not speak up later
-
-
-LEFT_BEHIND = """
-async def read(waiting):
-    try:
-        await waiting
-    except BaseException as error:  # its own end too, as Orbax does
-        raise Exception("while reading") from error
-"""
-
-
-def test_reads_that_are_left_behind_are_not_reported(monkeypatch):
-    """What Orbax waits for when its loop is closed; a coroutine of anyone else is reported as ever."""
-    reported = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.object.cr_code))
-    files = [f"{Path(ocp.__file__).parent}/serialization.py", "elsewhere.py"]
-    with _quiet_threads():
-        for file in files:
-            scope = {}
-            exec(compile(LEFT_BEHIND, file, "exec"), scope)
-            left = scope["read"](never())
-            left.send(None)  # until it waits
-            del left
-    assert [code.co_filename for code in reported] == files[1:]
-
-
-@types.coroutine
-def never():
-    """Waits for ever."""
-    yield
-
-
-def test_a_fingerprint_sees_every_single_bit():
-    values = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
-    before = fingerprint({"a": jnp.asarray(values)})
-    for index in range(15):
-        for bit in (0, 13, 31):
-            bits = values.copy().view(np.uint32)
-            bits.flat[index] ^= np.uint32(1 << bit)
-            assert fingerprint({"a": jnp.asarray(bits.view(np.float32))}) != before
-    swapped = values.copy()
-    swapped[0, 0], swapped[0, 1] = values[0, 1], values[0, 0]
-    assert fingerprint({"a": jnp.asarray(swapped)}) != before
-    assert fingerprint({"a": jnp.asarray(values)}) == before

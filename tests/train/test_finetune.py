@@ -11,10 +11,10 @@ from mae_jax.evaluation.scores import judge
 from mae_jax.presets import FINETUNE
 from mae_jax.train.best import save_best
 from mae_jax.train.build import build_engine, run_length
-from mae_jax.train.checkpoint import load_classifier
 from mae_jax.train.finetune import Evaluations, finetune, open_data
 from mae_jax.train.hosts import Hosts
 from mae_jax.train.metrics import read_metrics
+from mae_jax.train.saved_params import load_classifier
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,9 +10,10 @@ from jax.sharding import PartitionSpec
 
 from mae_jax.errors import StatedError
 from mae_jax.train.build import Length, build_engine, state_shapes
-from mae_jax.train.checkpoint import Checkpoints, load_params
+from mae_jax.train.checkpoint import Checkpoints
 from mae_jax.train.mesh import SHARD, cut, make_mesh
 from mae_jax.train.objective import Batch
+from mae_jax.train.saved_params import load_params
 from mae_jax.train.steps import init_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -15,11 +15,11 @@ from mae_jax.models.losses import from_coefficients, principal_coefficients
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.models.patches import patchify
 from mae_jax.train import pca
-from mae_jax.train.checkpoint import load_params
 from mae_jax.train.initial import start_from
 from mae_jax.train.objective import normalise_images
 from mae_jax.train.pretrain import pretrain
 from mae_jax.train.pretraining import loss_and_gradients
+from mae_jax.train.saved_params import load_params
 from mae_jax.train.steps import init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
