@@ -1,4 +1,4 @@
-"""Eight simulated devices: read when jax first looks for devices. Signatures are checked as functions are called."""
+"""Eight simulated devices, and quick compilation. Signatures are checked as functions are called."""
 
 import os
 
@@ -6,10 +6,10 @@ import hypothesis
 import jaxtyping
 
 from tests import signatures
+from tests.quick import quick
 
-FLAG = "--xla_force_host_platform_device_count"
-if FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
+# Read when jax is imported, and when it first looks for devices.
+os.environ |= quick(devices=8)
 
 # Where arrays have shapes in their signatures; elsewhere the type checker has looked.
 jaxtyping.install_import_hook(

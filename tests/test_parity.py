@@ -1,7 +1,6 @@
 """The two sides agree at every stage, for every choice that a configuration offers."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ from parity.models import SMALL, TARGETS
 from parity.reference import Reference
 from parity.stages import STAGES, run
 from parity.transfer import TRANSFER
+from tests.quick import as_users_compile
 
 PRETRAINING = [stage for stage in STAGES if stage not in TRANSFER]
 
@@ -37,13 +37,11 @@ VARIANTS = {
 
 
 @pytest.fixture(autouse=True)
-def small_and_quick():
-    """Compile without optimisation, a quarter of the time; tiny products are no work for two threads."""
+def one_thread():
+    """Tiny products are no work for two threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     torch.set_num_threads(threads)
 
 
@@ -103,8 +101,7 @@ def test_command_reports_agreement(tmp_path):
     """As users run it: a process of its own, compiled with every optimisation."""
     stages = ["images", "patchify", "encoder_blocks", "latent", "prediction", "loss"]
     arguments = [sys.executable, "-m", "parity", "--stages", *stages, "--report", str(tmp_path)]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=as_users_compile(), check=False)
     assert done.returncode == 0, done.stderr
     assert "encoder block 1" in done.stdout
     reports = json.loads((tmp_path / "parity.json").read_text())

@@ -355,13 +355,11 @@ TRAPS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _small_and_quick():
-    """Compile without optimisation, a quarter of the time; tiny products are no work for two threads."""
+def _one_thread():
+    """Tiny products are no work for two threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     torch.set_num_threads(threads)
 
 

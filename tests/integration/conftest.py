@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 import pytest
 
+from tests.quick import as_users_compile, quick
+
 Start = Callable[..., subprocess.Popen[str]]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -27,11 +29,10 @@ TINY = [
 ]
 
 
-def quick_compilation(factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What makes a process compile in a quarter of the time, and each program once for all of the session's workers."""
+def kept_programs(factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What makes processes compile each program once for all of the session's workers."""
     base = factory.getbasetemp()
     return {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_COMPILATION_CACHE_DIR": str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -39,8 +40,11 @@ def quick_compilation(factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Start `mae-jax ARGS`; programs are compiled quickly, and kept between calls, so that a test costs seconds."""
-    quick = quick_compilation(tmp_path_factory)
+    """Start `mae-jax ARGS`.
+
+    Programs are compiled quickly and kept between calls, so that a test costs seconds; or as users compile them.
+    """
+    kept = kept_programs(tmp_path_factory)
 
     def call(
         *args: object,
@@ -48,18 +52,16 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
         cwd: Path = ROOT,
         environment: Mapping[str, str] = MappingProxyType({}),
         program: Sequence[str] = ("-m", "mae_jax.cli"),
+        as_users: bool = False,
     ) -> subprocess.Popen[str]:
-        settings = {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "COLUMNS": "200",
-        } | quick
+        settings = as_users_compile() if as_users else os.environ | quick(devices) | kept
         command = [sys.executable, "-W", "error", *program, *map(str, args)]
         return subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **settings, **environment},
+            env={**settings, "COLUMNS": "200", **environment},
             cwd=cwd,
         )
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, Run, quick_compilation
+from tests.quick import quick
+
+from .conftest import ROOT, Run, kept_programs
 
 # grain, tensorflow-datasets and tyro are absent from machines for benchmarks.
 BARE = (
@@ -41,7 +43,7 @@ def test_this_projects_side_needs_no_data_libraries(tmp_path_factory: pytest.Tem
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | quick_compilation(tmp_path_factory),
+        env=os.environ | quick(devices=1) | kept_programs(tmp_path_factory),
     )
     assert done.returncode == 0, done.stderr
     about, timed = map(json.loads, done.stdout.splitlines())
@@ -192,5 +194,5 @@ def script(
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | quick_compilation(factory) | variables,
+        env=os.environ | quick(devices=1) | kept_programs(factory) | variables,
     )

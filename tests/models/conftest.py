@@ -10,14 +10,6 @@ def strict_promotion():
         yield
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Tiny arrays: to compile costs more than to compute."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def double():
     """float64, where rounding hides nothing."""

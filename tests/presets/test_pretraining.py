@@ -32,7 +32,6 @@ def test_the_step_of_a_preset_fits_together(name):
     assert metrics.loss.shape == ()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_tutorial_takes_a_step():
     config = PRESETS["mnist_tutorial"]()
     images = np.random.default_rng(0).integers(0, 256, (config.batch_size, 28, 28, 1), np.uint8)

@@ -72,14 +72,6 @@ def batches():
     return make
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compile without optimisation: tiny arrays, where to compile costs more than to compute."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, begin):
     """A folder with three checkpoints, and the states that they hold."""

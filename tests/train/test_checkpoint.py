@@ -13,8 +13,6 @@ from mae_jax.train.engines import pmap_engine
 from mae_jax.train.steps import make_step
 from tests.train.saved_runs import DAMAGE, STEPS, assert_same_bits, flip
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def engine_on(config, count):
     return pmap_engine(

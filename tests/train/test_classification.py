@@ -14,8 +14,6 @@ from mae_jax.train.objective import Batch
 from mae_jax.train.selection import merge, select
 from mae_jax.train.steps import init_state, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CLASSES = 3
 
 

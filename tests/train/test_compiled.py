@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.quick import as_users_compile
+
 SCRIPT = """
 import jax
 from mae_jax.train.compiled import keep_compiled
@@ -26,7 +28,8 @@ print(jax.jit(lambda x: ((x @ x) @ (x @ x.T) @ (x.T @ x)).sum() + ((x.T @ x) @ (
 
 def call(home, script=SCRIPT, **environment):
     """The lines that the script prints."""
-    plain = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_COMP", "JAX_ENABLE", "JAX_P"))}
+    own = ("JAX_COMP", "JAX_ENABLE", "JAX_P")
+    plain = {key: value for key, value in as_users_compile().items() if not key.startswith(own)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
         capture_output=True,

@@ -13,8 +13,9 @@ import pytest
 from mae_jax.config import MODELS
 from mae_jax.presets import PRESETS
 from mae_jax.train import cpu
+from tests.quick import as_users_compile
 
-CPU = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+CPU = {"JAX_PLATFORMS": "cpu"}
 
 FAULTS = """
 import ctypes, resource, sys, threading
@@ -112,6 +113,7 @@ STEP = """
 import sys
 from mae_jax.bench.setting import bench_config
 from mae_jax.train import cpu
+from tests.quick import as_users_compile
 
 config = bench_config(sys.argv[1], int(sys.argv[2]), "float32", sys.argv[3] == "True")
 cpu.settle(config.model, config.batch_size)
@@ -129,7 +131,7 @@ def test_the_largest_buffer_of_a_step_is_known(name, batch, mask_tokens):
         check=True,
         capture_output=True,
         text=True,
-        env=os.environ | CPU,
+        env=as_users_compile() | CPU,
     )
     assert "heap_simulator" not in done.stderr
     shapes = re.findall(r"f32\[([\d,]+)\]", done.stdout)

@@ -62,7 +62,7 @@ def test_weights_sum_to_one(start: float, stop: float) -> None:
     assert (weights[:, int(np.ceil(stop)) :] == 0).all()
 
 
-def test_a_step_sees_the_same_crops(tiny, begin, quick_compilation) -> None:
+def test_a_step_sees_the_same_crops(tiny, begin) -> None:
     """The loss of crops cut in the step is that of the same crops cut before it."""
     config = tiny(batch_size=4, crops="device", canvas_size=12)
     photos = np.stack([photograph(12, 12, seed)[..., :1] for seed in range(4)])

@@ -18,8 +18,6 @@ from mae_jax.train.objective import normalise_images
 from mae_jax.train.pretraining import loss_and_gradients
 from mae_jax.train.steps import make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def engine_of(config, count):
     return pmap_engine(

@@ -16,8 +16,6 @@ from mae_jax.train.hosts import Hosts
 from mae_jax.train.metrics import read_metrics
 from mae_jax.train.saved_params import load_classifier
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def config(tmp_path):

@@ -16,8 +16,6 @@ from mae_jax.train.objective import Batch
 from mae_jax.train.saved_params import load_params
 from mae_jax.train.steps import init_state
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH = Length(40, 4.0, 10.0)
 EVERYTHING = {"accumulate": 2, "ema_decay": 0.9, "clip_norm": 0.5, "base_lr": 0.04, "eps": 1e-4}
 

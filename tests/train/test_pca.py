@@ -22,8 +22,6 @@ from mae_jax.train.pretraining import loss_and_gradients
 from mae_jax.train.saved_params import load_params
 from mae_jax.train.steps import init_state, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def components(tiny):

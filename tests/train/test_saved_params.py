@@ -13,8 +13,6 @@ from mae_jax.train.saved_params import load_params
 from tests.train.conftest import TINY
 from tests.train.saved_runs import DAMAGE, another_state, assert_same_bits, state_at
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_a_run_with_cudnn_is_read_where_there_is_none(tmp_path, begin):
     wide = TransformerConfig(width=16, depth=1, heads=2)

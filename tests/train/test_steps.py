@@ -14,8 +14,6 @@ from mae_jax.train.optimizers import adamw_direction
 from mae_jax.train.pretraining import loss_and_gradients
 from mae_jax.train.steps import init_state, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @functools.cache
 def compiled(config):
