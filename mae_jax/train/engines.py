@@ -8,6 +8,7 @@ Every engine takes a batch as the host has it and returns the state in the same 
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -22,6 +23,7 @@ from mae_jax.train.objective import Batch
 from mae_jax.train.steps import Metrics, Step, TrainState
 
 AXIS = "data"
+AMPERE = "8.0"  # compute capability of the oldest GPUs for which cuDNN has fused attention
 
 Tree = TypeVar("Tree")
 
@@ -92,9 +94,10 @@ def check_divides(batch_size: int, devices: int, accumulate: int) -> None:
 
 
 def check_attention(model: ModelConfig, devices: list[jax.Device], fsdp: int = 1) -> None:
-    """Refuse cuDNN's attention where there is no GPU, or parameters are cut so that its heads cannot be.
+    """Refuse cuDNN's attention where there is no GPU that has it, or parameters are cut so that its heads cannot be.
 
-    The compiler cuts heads as the parameters that they come from, and fails where that leaves some of unequal size.
+    cuDNN has it for compute capability 8.0 and more; AMD's GPUs have a name there, such as gfx942. The compiler cuts
+    heads as the parameters that they come from, and fails where that leaves some of unequal size.
 
     Raises:
       StatedError: it cannot be computed.
@@ -104,6 +107,12 @@ def check_attention(model: ModelConfig, devices: list[jax.Device], fsdp: int = 1
     if devices[0].platform != "gpu":
         raise StatedError(
             f"attention cudnn needs an NVIDIA GPU, the device here is {devices[0].platform}: give attention xla"
+        )
+    capability = getattr(devices[0], "compute_capability", AMPERE)
+    if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < float(AMPERE):
+        raise StatedError(
+            f"attention cudnn needs an NVIDIA GPU of compute capability {AMPERE} or more, that of the device here "
+            f"is {capability}: give attention xla"
         )
     for name, heads in (("encoder", model.encoder.heads), ("decoder", model.decoder.heads)):
         if math.gcd(heads, fsdp) not in (1, fsdp):

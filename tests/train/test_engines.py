@@ -131,11 +131,14 @@ def test_cudnn_is_refused_where_there_is_none(tiny):
     config, wide = tiny(), TransformerConfig(width=16, depth=1, heads=2)
     fused = dataclasses.replace(config.model, dtype="bfloat16", attention="cudnn", encoder=wide, decoder=wide)
     check_attention(config.model, jax.local_devices())
-    gpu = [SimpleNamespace(platform="gpu")]
+    gpu = [SimpleNamespace(platform="gpu", compute_capability="8.0")]
     for fsdp in (1, 2, 3):
         check_attention(fused, gpu, fsdp)
     with pytest.raises(StatedError, match=r"cannot cut encoder.heads 2 over fsdp 4: give an --fsdp that divides it"):
         check_attention(fused, gpu, 4)
+    for older in ("7.5", "gfx942"):
+        with pytest.raises(StatedError, match=rf"capability 8.0 or more, that of the device here is {older}: give"):
+            check_attention(fused, [SimpleNamespace(platform="gpu", compute_capability=older)])
     with pytest.raises(StatedError, match="attention cudnn needs an NVIDIA GPU, the device here is cpu"):
         build_engine(dataclasses.replace(config, model=fused), Length(10, 1.0, 10.0))
 
