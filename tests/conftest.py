@@ -1,9 +1,12 @@
 """Eight simulated devices, and quick compilation. Signatures are checked as functions are called."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import jaxtyping
+import pytest
 
 from tests import signatures
 from tests.quick import quick
@@ -27,3 +30,11 @@ jaxtyping.install_import_hook(
 # The same examples in every run, and no deadline: the first call of a compiled function is slow.
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_searches_for_garbage() -> Iterator[None]:
+    """What a module leaves in JAX's caches is set aside: each later search would take a second for it."""
+    yield
+    gc.collect()
+    gc.freeze()

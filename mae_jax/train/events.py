@@ -1,17 +1,18 @@
-"""TensorBoard's event files, written by the thread that calls.
+"""TensorBoard's event files, by its own records and messages, which import no framework.
 
-tensorboardX writes in a thread of its own: where the disk is full that thread dies, and the run then waits for it for
-ever at the eleventh event.
+They are written by the thread that calls: one that writes apart dies unseen where the disk is full.
 """
 
 import contextlib
+import io
+import socket
 import time
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
+from PIL import Image
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 FLUSH_EVERY = 120.0  # seconds; each flush waits for the disk
 
@@ -21,25 +22,33 @@ class Events:
 
     def __init__(self, folder: Path, start: int) -> None:
         folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._writer = RecordWriter((folder / name).open("ab"))
         self._flushed = 0.0
+        self._write(event_pb2.Event(file_version="brain.Event:2"))
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(event_pb2.Event(step=start + 1, session_log=session))
 
     def scalar(self, name: str, step: int, value: float) -> None:
         """One number of a step."""
-        self._add(step, summary.scalar(name, value))
+        self._add(step, summary_pb2.Summary.Value(tag=name, simple_value=value))
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """One picture of a step: uint8 (height, width, 3)."""
-        self._add(step, summary.image(name, image, dataformats="HWC"))
+        encoded = io.BytesIO()
+        Image.fromarray(image).save(encoded, format="PNG")
+        height, width, _ = image.shape
+        picture = summary_pb2.Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue()
+        )
+        self._add(step, summary_pb2.Summary.Value(tag=name, image=picture))
 
-    def _add(self, step: int, content: summary_pb2.Summary) -> None:
-        self._write(event_pb2.Event(step=step, summary=content))
+    def _add(self, step: int, value: summary_pb2.Summary.Value) -> None:
+        self._write(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=[value])))
 
     def _write(self, event: event_pb2.Event) -> None:
         event.wall_time = time.time()
-        self._writer.write_event(event)
+        self._writer.write(event.SerializeToString())
         if event.wall_time - self._flushed > FLUSH_EVERY:
             self._writer.flush()
             self._flushed = event.wall_time

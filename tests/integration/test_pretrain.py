@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_jax.data.sources import open_source
 from mae_jax.evaluation.features import source_features
@@ -39,10 +40,10 @@ def test_rows_have_the_agreed_keys(trained: Path) -> None:
 
 
 def test_events_hold_losses_and_pictures(trained: Path) -> None:
-    (events,) = (trained / "tensorboard").iterdir()
-    content = events.read_bytes()
-    assert b"loss" in content
-    assert content.count(b"\x89PNG") == 2
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
+    assert sum(len(events.Images(name)) for name in events.Tags()["images"]) == 2
 
 
 def test_same_command_continues_and_changes_nothing(run: Run, trained: Path) -> None:
