@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from mae_jax.data.pipeline import TrainingBatch, training_batches
 from mae_jax.data.sources import Source
 from mae_jax.errors import StatedError
 from mae_jax.train.agreement import check_agreement, claim_together
-from mae_jax.train.build import Length, build_engine, run_length, state_shapes
+from mae_jax.train.build import Length, build_engine, run_length
 from mae_jax.train.checkpoint import Checkpoints
 from mae_jax.train.engines import Engine
 from mae_jax.train.hosts import Hosts
@@ -90,13 +91,14 @@ def run(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest(hosts.count))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config, len(source), hosts)))
-        shapes = state_shapes(config)
+        init = functools.partial(init_state, config)  # one object, which JAX traces once for its shapes and to run it
+        shapes = jax.eval_shape(init)
         state = checkpoints.restore_latest(
             shapes, engine.layout(shapes), warn=lambda text: print(f"WARNING: {text}", flush=True)
         )
         if state is None:
             say: Say = print if hosts.first else lambda text: None
-            state = begin(engine.begin(lambda: init_state(config)), say)
+            state = begin(engine.begin(init), say)
             if config.init is not None:
                 state = start_from(config.init, state, config, say)
         start = int(state.step)
