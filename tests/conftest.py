@@ -12,7 +12,7 @@ from tests import signatures
 from tests.quick import quick
 
 # Read when jax is imported, and when it first looks for devices.
-os.environ |= quick(devices=8)
+os.environ |= quick(devices=8, given=os.environ.get("XLA_FLAGS", ""))
 
 # Where arrays have shapes in their signatures; elsewhere the type checker has looked.
 jaxtyping.install_import_hook(

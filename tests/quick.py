@@ -10,10 +10,10 @@ from collections.abc import Mapping
 FLAGS = ("--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_use_fusion_emitters=false")
 
 
-def quick(devices: int) -> dict[str, str]:
-    """The settings, for a process with so many simulated devices."""
-    flags = " ".join((*FLAGS, f"--xla_force_host_platform_device_count={devices}"))
-    return {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+def quick(devices: int, given: str = "") -> dict[str, str]:
+    """The settings, for a process with so many simulated devices, beside flags that are given."""
+    flags = " ".join((given, *FLAGS, f"--xla_force_host_platform_device_count={devices}"))
+    return {"XLA_FLAGS": flags.strip(), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
 
 def as_users_compile() -> Mapping[str, str]:
