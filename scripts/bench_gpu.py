@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mae_jax.bench.setting import bench_config
 from mae_jax.bench.table import HEAD, apart, factor_line, lacks_memory, line, reason
+from mae_jax.errors import StatedError
 
 SCRIPTS = Path(__file__).resolve().parent
 LARGE_MODELS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
@@ -137,6 +139,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.attention, arguments.dtype) == ("cudnn", "float32"):
         sys.exit("--attention cudnn needs --dtype bfloat16")
+    if arguments.rounds < 1:
+        sys.exit(f"--rounds {arguments.rounds} must be positive")
+    if arguments.batch < 4:
+        sys.exit(f"--batch {arguments.batch} must be 4 or more: some jobs take a quarter of it")
+    try:
+        for model in arguments.models:
+            bench_config(model, arguments.batch, arguments.dtype, attention=arguments.attention)
+    except StatedError as error:
+        sys.exit(str(error))
     began, out = time.monotonic(), arguments.out
     out.mkdir(parents=True, exist_ok=True)
     record = out / "rows.jsonl"

@@ -116,6 +116,8 @@ def main() -> None:
     arguments = parse()
     if arguments.rows < 1:
         raise SystemExit(f"--rows {arguments.rows} must be positive")
+    if arguments.out and not arguments.out.parent.is_dir():
+        sys.exit(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which would look for a driver
     os.environ["JAX_PLATFORMS"] = "cpu"  # for all but the compilation
     try:

@@ -46,6 +46,8 @@ def main() -> None:
     for name in ("steps", "rows"):
         if getattr(arguments, name) < 1:
             raise SystemExit(f"--{name} {getattr(arguments, name)} must be positive")
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise SystemExit(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
     try:
         config = bench_config(arguments.model, arguments.batch, arguments.dtype, attention=arguments.attention)
     except StatedError as error:

@@ -29,7 +29,7 @@ def bench(
       dtype: Of matrix products.
       mask_tokens: The encoder sees mask tokens (the paper's Table 1c), or not, or both one after the other.
       remat: Recompute each block in the backward pass.
-      attention: What computes it; cudnn needs an NVIDIA GPU and bfloat16.
+      attention: What computes it; cudnn needs bfloat16 and an NVIDIA GPU of compute capability 8.0 or more.
       steps: Timed steps.
       warmup: Steps before them.
       json: Print a line of JSON for each row in place of the table.

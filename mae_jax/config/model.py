@@ -72,8 +72,8 @@ class ModelConfig:
     encoder_mask_tokens: bool = False  # the encoder sees mask tokens, Table 1c's ablation
     dtype: Dtype = "float32"  # of matrix products; float64 makes everything float64, parameters included
     remat: bool = False  # recompute each block in the backward pass
-    # What computes attention. cudnn needs an NVIDIA GPU and dtype bfloat16; its gradient may differ in the last bits
-    # from one run to the next.
+    # What computes attention. cudnn needs dtype bfloat16 and an NVIDIA GPU of compute capability 8.0 or more; its
+    # gradient may differ in the last bits from one run to the next.
     attention: AttentionKernel = "xla"
 
     def __post_init__(self) -> None:

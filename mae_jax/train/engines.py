@@ -108,6 +108,7 @@ def check_attention(model: ModelConfig, devices: list[jax.Device], fsdp: int = 1
         raise StatedError(
             f"attention cudnn needs an NVIDIA GPU, the device here is {devices[0].platform}: give attention xla"
         )
+    # A device that does not tell is left to JAX, which looks again.
     capability = getattr(devices[0], "compute_capability", AMPERE)
     if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < float(AMPERE):
         raise StatedError(

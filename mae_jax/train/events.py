@@ -5,6 +5,7 @@ They are written by the thread that calls: one that writes apart dies unseen whe
 
 import contextlib
 import io
+import os
 import socket
 import time
 from pathlib import Path
@@ -22,8 +23,8 @@ class Events:
 
     def __init__(self, folder: Path, start: int) -> None:
         folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
-        self._writer = RecordWriter((folder / name).open("ab"))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._writer = RecordWriter((folder / name).open("xb"))
         self._flushed = 0.0
         self._write(event_pb2.Event(file_version="brain.Event:2"))
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

@@ -113,7 +113,6 @@ STEP = """
 import sys
 from mae_jax.bench.setting import bench_config
 from mae_jax.train import cpu
-from tests.quick import as_users_compile
 
 config = bench_config(sys.argv[1], int(sys.argv[2]), "float32", sys.argv[3] == "True")
 cpu.settle(config.model, config.batch_size)

@@ -38,4 +38,5 @@ def test_a_restart_hides_what_it_takes_again(tmp_path):
         for step in steps:
             events.scalar("loss", step, 10.0 * start + step)
         events.close()
+    assert len(list(tmp_path.iterdir())) == 2
     assert [(scalar.step, scalar.value) for scalar in read(tmp_path).Scalars("loss")] == [(1, 1), (2, 12), (3, 13)]
