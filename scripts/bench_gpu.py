@@ -27,6 +27,14 @@ LARGE_MODELS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 KEEP = "keep compiled programs"  # among a job's words: it shares a cache with the others that have it
 FIRST, SECOND = "Compilation, first start", "Compilation, second start"
 
+# What XLA is tried with beside what it does by itself, where a kernel's choice or its launch may matter.
+FLAGS = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_enable_command_buffer=",  # none
+    "--xla_gpu_autotune_level=0",
+    "--xla_gpu_enable_triton_gemm=false",
+)
+
 Job = tuple[str, list[str]]  # what it shows, and the words of its command
 
 
@@ -58,17 +66,36 @@ def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str, at
     ]
     sizes = [str(size) for size in (batch // 4, batch // 2, batch * 2)]
     sweeps = [("Batches", [*step(model, *alone), "--batch", *sizes]) for model in models]
+    middle = models[len(models) // 2]
+    tried = [("XLA flags", step(middle, f"--batch={batch}", *alone, *flag)) for flag in ([], *([f] for f in FLAGS))]
     fused = (dtype, device, attention) == ("bfloat16", "gpu", "xla")
-    return compared + (both if fused else []) + kept + profiles + tokens + memory + sweeps
+    return (
+        compared
+        + (both if fused else [])
+        + kept
+        + profiles
+        + tokens
+        + memory
+        + sweeps
+        + (tried if device == "gpu" else [])
+    )
+
+
+def has_gpu() -> bool:
+    """Whether JAX finds one, asked in a process that lets go of it."""
+    asked = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(asked, capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cuda"}).returncode == 0
 
 
 def run(number: int, job: Job, out: Path, minutes: float) -> dict[str, Any]:
     """One job's rows, or its text; a row that says so where it took longer than `minutes`."""
     title, words = job
     cache = str((out / "compiled").resolve())
-    keep = KEEP in words
-    command = [sys.executable, str(SCRIPTS / words[0]), *(word for word in words[1:] if word != KEEP)]
+    keep, flags = KEEP in words, [word for word in words if word in FLAGS]
+    command = [sys.executable, str(SCRIPTS / words[0]), *(word for word in words[1:] if word not in (KEEP, *flags))]
     variables = {"JAX_COMPILATION_CACHE_DIR": cache} if keep else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if flags:
+        variables["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
     if words[0] == "profile_step.py":
         variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"  # bench_step.py sets its own
     if title == FIRST:
@@ -93,8 +120,9 @@ def report(found: list[dict[str, Any]]) -> str:
     parts = ["# The training step on a GPU\n"]
     for job in found:
         model = next(word.partition("=")[2] for word in job["words"] if word.startswith("--model="))
-        words = " ".join(word for word in job["words"] if word != KEEP)
+        words = " ".join(word for word in job["words"] if word not in (KEEP, *FLAGS))
         kept = "JAX_COMPILATION_CACHE_DIR=compiled " if KEEP in job["words"] else ""
+        kept += "".join(f"XLA_FLAGS={word} " for word in job["words"] if word in FLAGS)
         parts.append(f"## {job['title']}: {model}\n\n`{kept}python scripts/{words}`\n\n```")
         if "text" in job:
             parts.append(job["text"].rstrip())
@@ -159,10 +187,12 @@ def main() -> None:
         arguments.models, arguments.batch, arguments.dtype, arguments.rounds, arguments.device, arguments.attention
     )
     known = {job["job"]: job for job in found}
+    if any(known[number]["words"] != job[1] for number, job in enumerate(wanted) if number in known):
+        sys.exit(f"{record} is of another command: choose another --out")
+    if arguments.device == "gpu" and not has_gpu():
+        sys.exit("JAX finds no GPU here that it can use: give --device cpu to try the table on the CPU")
     for number, job in enumerate(wanted):
         if number in known:
-            if known[number]["words"] != job[1]:
-                sys.exit(f"{record} is of another command: choose another --out")
             continue
         if time.monotonic() - began > arguments.minutes * 60:
             break

@@ -33,8 +33,11 @@ hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _short_searches_for_garbage() -> Iterator[None]:
-    """What a module leaves in JAX's caches is set aside: each later search would take a second for it."""
+def _set_aside() -> Iterator[None]:
+    """What a module leaves in JAX's caches is not searched for garbage again: each search would take a second for it.
+
+    The price: what is alive now and dies later in a cycle is neither freed nor reported.
+    """
     yield
     gc.collect()
     gc.freeze()

@@ -1,1 +1,1 @@
-"""The commands of `mae-jax`, a function each. Frameworks are imported inside them: help must answer at once."""
+"""The commands of `mae-jax`, a function each, and what they share. Frameworks are imported inside, for quick help."""

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from mae_jax.commands.flags import read_config
 from mae_jax.commands.precision import prepare_jax
-from mae_jax.commands.reading import read_config
 
 if TYPE_CHECKING:
     from mae_jax.config import FinetuneConfig, PretrainConfig

@@ -4,6 +4,7 @@ import math
 
 
 def require_positive(owner: object, *names: str) -> None:
+    """Raise ValueError unless these fields are positive and finite."""
     for name in names:
         value = getattr(owner, name)
         if not 0 < value < math.inf:
@@ -11,6 +12,7 @@ def require_positive(owner: object, *names: str) -> None:
 
 
 def require_whole(owner: object, *names: str) -> None:
+    """Raise ValueError unless these fields are whole numbers, 1 or more; True is none."""
     for name in names:
         value = getattr(owner, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -18,6 +20,7 @@ def require_whole(owner: object, *names: str) -> None:
 
 
 def require_unit_interval(owner: object, *names: str) -> None:
+    """Raise ValueError unless these fields are in [0, 1)."""
     for name in names:
         value = getattr(owner, name)
         if not 0 <= value < 1:

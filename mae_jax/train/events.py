@@ -15,17 +15,18 @@ from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-FLUSH_EVERY = 120.0  # seconds; each flush waits for the disk
-
 
 class Events:
-    """One event file; events of steps after `start`, from before a restart, are hidden by it."""
+    """One event file; events of steps after `start`, from before a restart, are hidden by it.
+
+    Every method but `close` raises OSError where the disk takes no more. What was written outlives the process.
+    """
 
     def __init__(self, folder: Path, start: int) -> None:
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._writer = RecordWriter((folder / name).open("xb"))
-        self._flushed = 0.0
+        self.path = folder / name
+        self._writer = RecordWriter(self.path.open("xb"))
         self._write(event_pb2.Event(file_version="brain.Event:2"))
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(event_pb2.Event(step=start + 1, session_log=session))
@@ -50,9 +51,7 @@ class Events:
     def _write(self, event: event_pb2.Event) -> None:
         event.wall_time = time.time()
         self._writer.write(event.SerializeToString())
-        if event.wall_time - self._flushed > FLUSH_EVERY:
-            self._writer.flush()
-            self._flushed = event.wall_time
+        self._writer.flush()
 
     def close(self) -> None:
         """Write what is left, if the disk takes it: metrics.jsonl has the numbers."""

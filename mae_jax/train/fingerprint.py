@@ -41,6 +41,11 @@ def fingerprint(tree: Any) -> dict[str, int]:
 
 
 def check_fingerprint(tree: Any, recorded: dict[str, int]) -> None:
+    """Compare arrays with the fingerprint of what was written.
+
+    Raises:
+      ValueError: they differ.
+    """
     wrong = [key for key, value in fingerprint(tree).items() if recorded.get(key) != value]
     if wrong:
         raise ValueError(f"{len(wrong)} arrays are not what was written, {wrong[0]} among them")

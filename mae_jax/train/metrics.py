@@ -75,13 +75,23 @@ class SilentLog:
 
 
 class RunLog:
-    """Writes rows and pictures of the steps after `start`; rows of later steps, from before a restart, are dropped."""
+    """Writes rows and pictures of the steps after `start`; rows of later steps, from before a restart, are dropped.
+
+    Raises:
+      StatedError: the rows that are there cannot be read, or there is no place for an event file.
+    """
 
     def __init__(self, workdir: Path, start: int, stop: int) -> None:
         rows = [row for row in read_metrics(workdir) if row["step"] <= start]
+        try:
+            self._events = Events(workdir / EVENTS, start)
+        except OSError as error:
+            raise StatedError(
+                f"no event file can be made in {workdir / EVENTS}: {error.strerror}. Make that a folder that can be "
+                "written to, and run the same command again."
+            ) from error
         write_atomically(workdir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = (workdir / METRICS_FILE).open("a", buffering=1)
-        self._events = Events(workdir / EVENTS, start)
         self._stop = stop
         self._began = time.monotonic(), start
         self._bar = None
@@ -97,16 +107,17 @@ class RunLog:
         """One object into metrics.jsonl, its numbers into the event file, and a word to whoever watches.
 
         Raises:
-          StatedError: the file cannot be written.
+          StatedError: one of the files cannot be written.
         """
+        file = self._file.name
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
+            file = str(self._events.path)
             for name, value in values.items():
                 self._events.scalar(name, step, value)
         except OSError as error:
             raise StatedError(
-                f"{self._file.name} cannot be written: {error.strerror}. "
-                "Make room there, and run the same command again."
+                f"{file} cannot be written: {error.strerror}. Make room there, and run the same command again."
             ) from error
         shown = {SHOWN[name]: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
         if self._bar is not None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,6 +164,30 @@ def test_a_plan_needs_the_compiler_for_gpus(tmp_path_factory: pytest.TempPathFac
     done = script(tmp_path_factory, "plan_gpu.py", "--model=digits", "--batch=8")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == 'there is no compiler for GPUs here: pip install "jax[cuda12]"\n'
+
+
+def test_no_job_is_begun_without_a_gpu(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    done = script(tmp_path_factory, "bench_gpu.py", f"--out={tmp_path}", "--models=digits", "--dtype=float32")
+    assert (done.returncode, "JAX finds no GPU here" in done.stderr) == (1, True)
+    assert (tmp_path / "rows.jsonl").read_text() == ""
+
+
+def test_flags_reach_the_compiler_and_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench_gpu = importlib.import_module("bench_gpu")
+    (flag, *_), given = bench_gpu.FLAGS, {}
+
+    def started(command: list[str], **settings: Any) -> "subprocess.CompletedProcess[str]":
+        given.update(command=command, flags=settings["env"]["XLA_FLAGS"])
+        return subprocess.CompletedProcess(command, 1, "", "out of memory")
+
+    monkeypatch.setattr(bench_gpu.subprocess, "run", started)
+    tried = [job for job in bench_gpu.jobs(["digits"], 256, "float32", 1, "gpu", "xla") if job[0] == "XLA flags"]
+    assert len(tried) == 1 + len(bench_gpu.FLAGS)
+    row = bench_gpu.run(0, tried[1], tmp_path, 1.0)
+    assert flag in given["flags"].split()
+    assert flag not in given["command"]
+    assert f"XLA_FLAGS={flag} python scripts/bench_step.py" in bench_gpu.report([row])
 
 
 def test_both_kinds_of_attention_are_compared_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

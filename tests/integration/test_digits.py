@@ -25,7 +25,7 @@ def test_a_probe_gains_by_pretraining(start: Start, tmp_path: Path) -> None:
         ["probe", "digits", "--evaluate-every=100", f"--workdir={random}"],
         ["probe", "digits", "--evaluate-every=100", f"--workdir={trained}", f"--init={run}"],
     ):
-        process = start(*words, as_users=True, environment={"XDG_CACHE_HOME": str(tmp_path)})
+        process = start(*words, "--devices=1", as_users=True, environment={"XDG_CACHE_HOME": str(tmp_path)})
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     assert 0.80 < last_top1(trained) < 0.94

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mae_jax.errors import StatedError
 from mae_jax.train.metrics import EVENTS, METRICS_FILE, RunLog, SilentLog, read_metrics
@@ -93,6 +94,22 @@ def test_a_full_disk_is_said_in_a_sentence(tmp_path):
         log._file = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
         with pytest.raises(StatedError, match=r"/dev/full cannot be written: No space left on device\. Make room"):
             log.row(1, {"loss": 1.0})
+
+
+def test_so_is_one_under_the_event_file(tmp_path):
+    with RunLog(tmp_path, 0, 3) as log:
+        log._events.close()
+        log._events.path = "/dev/full"
+        log._events._writer = RecordWriter(Path("/dev/full").open("wb"))  # noqa: SIM115
+        with pytest.raises(StatedError, match=r"/dev/full cannot be written: No space left on device\. Make room"):
+            log.row(1, {"loss": 1.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
+def test_a_file_in_the_place_of_the_events_is_named(tmp_path):
+    (tmp_path / EVENTS).touch()
+    with pytest.raises(StatedError, match=rf"no event file can be made in {tmp_path / EVENTS}: File exists"):
+        RunLog(tmp_path, 0, 3)
 
 
 def test_other_hosts_write_nothing(tmp_path, capsys):

@@ -29,7 +29,7 @@ def read_config(
     """
     if args and args[0] in presets:
         preset = presets[args[0]]
-        words = unalias(args[1:])
+        words = _unalias(args[1:])
         default = preset()
         if adopt is not None:
             first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -43,10 +43,10 @@ def read_config(
         {name: preset() for name, preset in presets.items()},
         {name: preset.__doc__ or "" for name, preset in presets.items()},
     )
-    return tyro.cli(recipes, args=unalias(args), prog=prog)
+    return tyro.cli(recipes, args=_unalias(args), prog=prog)
 
 
-def unalias(args: Sequence[str]) -> list[str]:
+def _unalias(args: Sequence[str]) -> list[str]:
     """Short flags to the long ones that they stand for, with and without `=`."""
     split = [arg.partition("=") for arg in args]
     return [ALIASES.get(flag, flag) + equals + value for flag, equals, value in split]
