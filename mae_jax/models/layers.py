@@ -4,6 +4,8 @@ Matrix products run in `dtype`. The residual stream, LayerNorm, softmax and para
 `wide(dtype)`: float32, or float64 where that is asked for.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -122,6 +124,10 @@ def drop_path(uniforms: Float[Array, "batch depth 2"], rate: float) -> Float[Arr
     return jnp.where(uniforms < stays, 1 / stays, 0)
 
 
+@functools.cache
 def block_class(remat: bool) -> type[Block]:
-    """The block, or the block that is recomputed in the backward pass; that one must be told `since`, by position."""
-    return nn.remat(Block, static_argnums=(2,)) if remat else Block
+    """The block, or the block that is recomputed in the backward pass; both must be told `since`, by position.
+
+    Compiled functions within a compiled function: JAX then traces blocks of one shape once, however many there are.
+    """
+    return nn.jit(nn.remat(Block, static_argnums=(2,)) if remat else Block, static_argnums=(2,))
