@@ -41,8 +41,8 @@ class _Instruction(NamedTuple):
 
 
 def place(op_name: str) -> str:
-    """Where in the model an `op_name` of XLA lies, numbers of blocks left out."""
-    return re.sub(r"\d+", "*", op_name.partition("/")[2])
+    """Where in the model an `op_name` of XLA lies, without numbers of blocks and flax's word for a compiled block."""
+    return re.sub(r"\d+", "*", op_name.partition("/")[2].replace("jit(core_fn)/", ""))
 
 
 def size_of(shape: str) -> int:

@@ -17,7 +17,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 ENTRY %main.9 (x: bf16[4,8], w: bf16[8,2]) -> (bf16[4,2], f32[4]) {
   %x = bf16[4,8]{1,0} parameter(0)
   %w = bf16[8,2]{1,0} parameter(1)
-  %gemm_fusion.7 = bf16[4,2]{1,0} fusion(%x, %w), kind=kCustom, calls=%product_computation, metadata={op_name="jit(step)/decoder/block_7/mlp/fc1/dot_general"}
+  %gemm_fusion.7 = bf16[4,2]{1,0} fusion(%x, %w), kind=kCustom, calls=%product_computation, metadata={op_name="jit(step)/decoder/jit(core_fn)/block_7/mlp/fc1/dot_general"}
   %call.2 = (bf16[4,2]{1,0}, f32[4]{0}, u8[0]{0}) custom-call(%gemm_fusion.7, %gemm_fusion.7), custom_call_target="(odd"
   %first = bf16[4,2]{1,0} get-tuple-element(%call.2), index=0
   %second = f32[4]{0} get-tuple-element(%call.2), index=1
