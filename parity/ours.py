@@ -31,18 +31,21 @@ class Ours:
 
     @cached_property
     def forward(self) -> tuple[mae.Output, dict[str, jax.Array]]:
-        """One compiled forward pass: its output, and what every module returned, as 'encoder/block_0.__call__'."""
+        """One compiled forward pass: its output, and what every module returned, as 'encoder/block_0.__call__'.
+
+        Its blocks are no compiled functions of their own, since out of those nothing can be recorded.
+        """
 
         def recorded(params: Any, images: jax.Array, noise: jax.Array) -> tuple[mae.Output, dict[str, jax.Array]]:
             returned = {}
 
             def record(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
                 values = call(*args, **kwargs)
-                if isinstance(values, jax.Array):
+                if isinstance(values, jax.Array) and context.method_name in ("__call__", "embed"):
                     returned["/".join(context.module.path) + "." + context.method_name] = values
                 return values
 
-            with nn.intercept_methods(record):
+            with jax.disable_jit(), nn.intercept_methods(record):
                 output = self.model.apply({"params": params}, images, noise)
             assert isinstance(output, mae.Output)
             return output, returned

@@ -363,6 +363,14 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _traced_anew():
+    """A block that was traced before stays as it was then, whatever is planted."""
+    layers.block_class.cache_clear()
+    yield
+    layers.block_class.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def references() -> dict[str, Reference]:
     """PyTorch's side, which no trap touches, and the noise, drawn before any is planted."""

@@ -129,5 +129,6 @@ def block_class(remat: bool) -> type[Block]:
     """The block, or the block that is recomputed in the backward pass; both must be told `since`, by position.
 
     Compiled functions within a compiled function: JAX then traces blocks of one shape once, however many there are.
+    What is replaced inside a block after that is not seen, unless this function's cache is cleared.
     """
     return nn.jit(nn.remat(Block, static_argnums=(2,)) if remat else Block, static_argnums=(2,))
