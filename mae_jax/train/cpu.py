@@ -16,6 +16,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 
 HEAP = 64 << 20  # bytes of address space in one of the heaps that a thread's arena in glibc is made of
 FITTING = 60 << 20  # bytes that fit there, with what malloc keeps beside them
+LARGEST_BLOCK = 2**31 - 1  # bytes; XLA reads the size of a block as an int32, and ends the process where it is larger
 
 # Many products of a step are too small to be cut over threads; large ones run in a library with threads of its own.
 # Level 1 compiles in three quarters of the time, and what it compiles is as fast.
@@ -43,7 +44,7 @@ def settle(model: ModelConfig, batch_size: int) -> None:
     if alone():
         largest = largest_buffer(model, batch_size)
         kept = keep_freed_memory(one_arena=largest > FITTING)
-        tune_compiler(block=max(largest, FITTING) if kept else None)
+        tune_compiler(block=max(largest, FITTING) if kept and largest <= LARGEST_BLOCK else None)
 
 
 def keep_freed_memory(one_arena: bool) -> bool:
@@ -64,8 +65,8 @@ def keep_freed_memory(one_arena: bool) -> bool:
 def tune_compiler(block: int | None) -> None:
     """Add flags to XLA_FLAGS; one that is there already stays as it is.
 
-    What a step needs between its operations is asked for in blocks of at most `block` bytes. A single one would not
-    fit in a thread's arena, and seldom in the first arena once its memory is in pieces.
+    What a step needs between its operations is asked for in blocks of at most `block` bytes, or in one where that is
+    None. A single one would not fit in a thread's arena, and seldom in the first arena once its memory is in pieces.
     """
     given = os.environ.get("XLA_FLAGS", "").split()
     if given and not given[0].startswith("-"):

@@ -109,6 +109,28 @@ def test_steps_with_large_buffers_have_one_arena(monkeypatch, model, batch, one)
     assert f"--xla_multiheap_size_constraint_per_heap={block}" in os.environ["XLA_FLAGS"]
 
 
+FOUND = """
+import sys
+from mae_jax.config import MODELS
+from mae_jax.train import cpu
+
+cpu.settle(MODELS["vit_small_patch16"], int(sys.argv[1]))
+import jax
+
+print(jax.devices()[0].platform)
+"""
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_no_size_of_step_keeps_jax_from_starting(over):
+    """A preset's batch for many devices is begun on a CPU too, to see whether it can be."""
+    batch = cpu.LARGEST_BLOCK // cpu.largest_buffer(MODELS["vit_small_patch16"], 1) + over
+    done = subprocess.run(
+        [sys.executable, "-c", FOUND, str(batch)], capture_output=True, text=True, env=as_users_compile() | CPU
+    )
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
 STEP = """
 import sys
 from mae_jax.bench.setting import bench_config
