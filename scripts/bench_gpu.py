@@ -9,17 +9,20 @@ again for ever.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from mae_jax.bench.script import ended
 from mae_jax.bench.setting import bench_config
-from mae_jax.bench.table import HEAD, apart, factor_line, lacks_memory, line, reason
+from mae_jax.bench.table import HEAD, apart, caption, factor_line, lacks_memory, line, reason
 from mae_jax.errors import StatedError
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -87,6 +90,27 @@ def has_gpu() -> bool:
     return subprocess.run(asked, capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cuda"}).returncode == 0
 
 
+def finish(command: list[str], variables: dict[str, str], minutes: float) -> "subprocess.CompletedProcess[str]":
+    """A command's end, within `minutes`; with it, or before, ends all that it has started."""
+    job = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | variables,
+        start_new_session=True,
+    )
+    try:
+        out, said = job.communicate(timeout=minutes * 60)
+        return subprocess.CompletedProcess(command, job.returncode, out, said)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"took longer than {minutes:g} minutes")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+
+
 def run(number: int, job: Job, out: Path, minutes: float) -> dict[str, Any]:
     """One job's rows, or its text; a row that says so where it took longer than `minutes`."""
     title, words = job
@@ -101,10 +125,7 @@ def run(number: int, job: Job, out: Path, minutes: float) -> dict[str, Any]:
     if title == FIRST:
         shutil.rmtree(cache, ignore_errors=True)  # what a start that was cut off has left
     began = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=minutes * 60)
-    except subprocess.TimeoutExpired:
-        done = subprocess.CompletedProcess(command, 1, "", f"took longer than {minutes:g} minutes")
+    done = finish(command, variables, minutes)
     print(f"{title}: {' '.join(words)}: {time.monotonic() - began:.0f} s", flush=True)
     told = {"job": number, "title": title, "words": words}
     if words[0] == "profile_step.py" and done.returncode == 0:
@@ -128,9 +149,7 @@ def report(found: list[dict[str, Any]]) -> str:
             parts.append(job["text"].rstrip())
         else:
             good = [row for row in job["rows"] if "failed" not in row]
-            if good:
-                rate, size = good[0]["matrix_tflops_per_second"], good[0]["matrix_size"]
-                parts.append(f"{good[0]['device']}; matrix product of {size}: {rate:.4g} TFLOP/s; {good[0]['dtype']}")
+            parts += [caption(row) for row in good[:1]]
             parts += [said for said in [apart(job["rows"])] if said]
             parts += [HEAD, *map(line, job["rows"])]
             parts += [
@@ -152,7 +171,24 @@ def write_report(out: Path, known: dict[int, dict[str, Any]]) -> None:
     (out / "report.md").write_text(report([known[number] for number in sorted(known)]))
 
 
-def main() -> None:
+def recorded(record: Path) -> list[dict[str, Any]]:
+    """The jobs that are done; of a last line that a kill cut short, nothing.
+
+    Raises:
+      StatedError: the file is not what this command has written.
+    """
+    found = []
+    for number, text in enumerate(record.read_text().splitlines(keepends=True) if record.exists() else [], 1):
+        if text.endswith("\n"):
+            try:
+                found.append(json.loads(text))
+            except ValueError as error:
+                raise StatedError(f"{record}, line {number}, is damaged: delete it, or choose another --out") from error
+    return found
+
+
+def main() -> int:
+    """Check all that is given, then run what is left; 1 where a job failed."""
     parser = argparse.ArgumentParser(description="The GPU table.")
     parser.add_argument("--out", type=Path, default=Path("gpu_table"))
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no job after so many")
@@ -171,18 +207,18 @@ def main() -> None:
         sys.exit(f"--rounds {arguments.rounds} must be positive")
     if arguments.batch < 4:
         sys.exit(f"--batch {arguments.batch} must be 4 or more: some jobs take a quarter of it")
-    try:
-        for model in arguments.models:
-            bench_config(model, arguments.batch, arguments.dtype, attention=arguments.attention)
-    except StatedError as error:
-        sys.exit(str(error))
+    if not (arguments.minutes >= 0 and arguments.job_minutes > 0):
+        sys.exit(f"--minutes {arguments.minutes:g} and --job-minutes {arguments.job_minutes:g} must be positive")
+    for model in arguments.models:
+        bench_config(model, arguments.batch, arguments.dtype, attention=arguments.attention)
     began, out = time.monotonic(), arguments.out
-    out.mkdir(parents=True, exist_ok=True)
     record = out / "rows.jsonl"
-    lines = record.read_text().splitlines(keepends=True) if record.exists() else []
-    found = [json.loads(text) for text in lines if text.endswith("\n")]
-    found = [job for job in found if not (arguments.retry and failed(job))]
-    record.write_text("".join(json.dumps(job) + "\n" for job in found))  # without a last line that a kill cut short
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = [job for job in recorded(record) if not (arguments.retry and failed(job))]
+        record.write_text("".join(json.dumps(job) + "\n" for job in found))
+    except OSError as error:
+        raise StatedError(f"--out {out} cannot be written ({error.strerror}): choose another") from error
     wanted = jobs(
         arguments.models, arguments.batch, arguments.dtype, arguments.rounds, arguments.device, arguments.attention
     )
@@ -205,8 +241,9 @@ def main() -> None:
     print(f"{out / 'report.md'}: {len(known)} jobs done" + (f", {left} left: run this again" if left else ""))
     wrong = sum(map(failed, known.values()))
     if wrong:
-        sys.exit(f"{wrong} failed: run this again with --retry")
+        print(f"{wrong} failed: run this again with --retry", file=sys.stderr)
+    return wrong > 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 
+from mae_jax.bench.script import ended
 from mae_jax.bench.setting import ReadyStep, bench_config, peak_host_bytes, pixels, use
 from mae_jax.config import PretrainConfig
 
@@ -50,8 +51,9 @@ def jax_side(arguments: argparse.Namespace) -> tuple[ReadyStep, tuple[float, int
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")
 
     from mae_jax.bench.matrix import matrix_rate
-    from mae_jax.bench.step import ready_step
+    from mae_jax.bench.step import check_device, ready_step
 
+    check_device(arguments.device)
     rate = matrix_rate(arguments.dtype)
     return ready_step(config), tuple(rate)
 
@@ -126,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

@@ -30,6 +30,7 @@ from typing import Any
 
 from bench_side import SIDES, add_setting
 
+from mae_jax.bench.script import ended
 from mae_jax.bench.setting import bench_config
 from mae_jax.bench.table import (
     HEAD,
@@ -44,17 +45,23 @@ from mae_jax.bench.table import (
     reason,
 )
 from mae_jax.config import PretrainConfig
-from mae_jax.errors import StatedError
 
 SIDE = Path(__file__).with_name("bench_side.py")
 PAUSE = 0.3  # seconds between sides: thread pools spin for a while after their work
+
+
+def batches(text: str) -> list[int]:
+    """One or several, commas between them."""
+    return [int(number) for number in text.split(",")]
 
 
 def parse() -> argparse.Namespace:
     """The command line; only the standard library reads it, since machines for benchmarks are bare."""
     parser = argparse.ArgumentParser(description="The training step beside PyTorch's.")
     add_setting(parser)
-    parser.add_argument("--batch", type=int, nargs="+", default=[16], help="several: one table after the other")
+    parser.add_argument(
+        "--batch", type=batches, nargs="+", default=[[16]], help="several (64 128 or 64,128): a table each"
+    )
     parser.add_argument(
         "--against", default="torch", help="comma-separated: torch, torch-compile, jax-cudnn; or nothing"
     )
@@ -69,7 +76,9 @@ def parse() -> argparse.Namespace:
         help="how large a batch this project's side can take, from --batch on; on a CPU set a limit (ulimit -v) first",
     )
     parser.add_argument("--json", action="store_true", help="print each table as one line of JSON")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.batch = [batch for given in arguments.batch for batch in given]
+    return arguments
 
 
 class SideFailed(Exception):
@@ -121,7 +130,8 @@ class Process:
         return json.loads(answer)
 
     def close(self) -> None:
-        """End it."""
+        """End it, whatever it is at: one that compiles would not see for minutes that nobody asks it."""
+        self._process.kill()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
@@ -224,34 +234,34 @@ def largest_batch(config: PretrainConfig, arguments: argparse.Namespace) -> Figu
     return best | {"largest_batch_below": bad}
 
 
-def main() -> None:
+def main() -> int:
+    """Check all that is given, then print a table for each batch; 1 where a row failed."""
     arguments = parse()
     names = ["jax", *(name for name in arguments.against.split(",") if name)]
-    for name in names:
+    for number, name in enumerate(names):
         if name not in SIDES:
             raise SystemExit(f"--against {name}: unknown (there are: {', '.join(SIDES[1:])})")
+        if name in names[:number]:
+            raise SystemExit(f"--against {arguments.against} would time {name} twice: name it once, jax not at all")
     for name in ("rounds", "steps", "warmup"):
         if getattr(arguments, name) < 1:
             raise SystemExit(f"--{name} {getattr(arguments, name)} must be positive")
     variants = {"none": [False], "encoder": [True], "both": [True, False]}[arguments.mask_tokens]
     if arguments.largest_batch and (len(variants), len(arguments.batch)) != (1, 1):
         raise SystemExit("--largest-batch needs one --batch to begin with, and --mask-tokens none or encoder")
-    try:
-        settings = [
-            [
-                bench_config(arguments.model, batch, arguments.dtype, tokens, arguments.remat, arguments.attention)
-                for tokens in variants
-            ]
-            for batch in arguments.batch
+    settings = [
+        [
+            bench_config(arguments.model, batch, arguments.dtype, tokens, arguments.remat, arguments.attention)
+            for tokens in variants
         ]
-        if "jax-cudnn" in names:
-            bench_config(arguments.model, 1, arguments.dtype, attention="cudnn")
-    except StatedError as error:
-        raise SystemExit(str(error)) from error
+        for batch in arguments.batch
+    ]
+    if "jax-cudnn" in names:
+        bench_config(arguments.model, 1, arguments.dtype, attention="cudnn")
     if arguments.attention == "cudnn" and "jax-cudnn" in names:
         raise SystemExit("--attention cudnn --against jax-cudnn would time the same twice: leave one out")
     if arguments.largest_batch:
-        sys.exit(report([largest_batch(settings[0][0], arguments)], arguments))
+        return report([largest_batch(settings[0][0], arguments)], arguments)
     failed = False
     for configs in settings:
         tables = [compare(names, config, arguments) for config in configs]
@@ -261,7 +271,7 @@ def main() -> None:
             for with_tokens, without in zip(*tables, strict=True):
                 if "failed" not in with_tokens and "failed" not in without:
                     print(factor_line(arguments.model, with_tokens, without), flush=True)
-    sys.exit(failed)
+    return failed
 
 
 def report(rows: list[Figures], arguments: argparse.Namespace) -> bool:
@@ -271,10 +281,9 @@ def report(rows: list[Figures], arguments: argparse.Namespace) -> bool:
     else:
         good = next((row for row in rows if "failed" not in row), None)
         if good is not None:
-            rate = MatrixRate(good["matrix_tflops_per_second"] * 1e12, good["matrix_size"], good["dtype"])
             tokens = ", mask tokens in the encoder" if good["mask_tokens"] else ""
             counted = f"{arguments.rounds} rounds of {arguments.steps} steps"
-            print(f"{caption(arguments.model, rate, good['device'])}{tokens}; {counted}")
+            print(f"{caption(good)}{tokens}; {counted}")
             if said := apart(rows):
                 print(said)
         print(HEAD, *map(line, rows), sep="\n", flush=True)
@@ -285,4 +294,4 @@ def report(rows: list[Figures], arguments: argparse.Namespace) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

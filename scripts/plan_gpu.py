@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_jax.bench.program import operations
+from mae_jax.bench.script import check_out, ended, give
 from mae_jax.bench.setting import bench_config
 from mae_jax.config import PretrainConfig
 from mae_jax.errors import StatedError
@@ -116,33 +117,25 @@ def main() -> None:
     arguments = parse()
     if arguments.rows < 1:
         raise SystemExit(f"--rows {arguments.rows} must be positive")
-    if arguments.out and not arguments.out.parent.is_dir():
-        sys.exit(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
+    check_out(arguments.out)
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which would look for a driver
     os.environ["JAX_PLATFORMS"] = "cpu"  # for all but the compilation
-    try:
-        config = bench_config(
-            arguments.model,
-            arguments.batch,
-            arguments.dtype,
-            arguments.mask_tokens,
-            arguments.remat,
-            arguments.attention,
-        )
-        compiled, seconds = compiled_for(arguments.gpu, config)
-    except StatedError as error:
-        sys.exit(str(error))
+    config = bench_config(
+        arguments.model,
+        arguments.batch,
+        arguments.dtype,
+        arguments.mask_tokens,
+        arguments.remat,
+        arguments.attention,
+    )
+    compiled, seconds = compiled_for(arguments.gpu, config)
     import jax
 
     words = [arguments.model, f"batch {arguments.batch}", arguments.dtype, f"attention {arguments.attention}"]
     words += ["blocks recomputed"] * arguments.remat + ["mask tokens in the encoder"] * arguments.mask_tokens
     title = f"{', '.join(words)}, for {GPUS[arguments.gpu][0]}, jax {jax.__version__}: compiled in {seconds:.0f} s"
-    text = table(compiled, title, arguments.rows)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    else:
-        print(text)
+    give(table(compiled, title, arguments.rows), arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from mae_jax.bench.program import place
+from mae_jax.bench.script import check_out, ended, give
 from mae_jax.bench.setting import bench_config, use
-from mae_jax.errors import StatedError
 
 INSTRUCTION = re.compile(r'\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"')
 
@@ -46,24 +46,18 @@ def main() -> None:
     for name in ("steps", "rows"):
         if getattr(arguments, name) < 1:
             raise SystemExit(f"--{name} {getattr(arguments, name)} must be positive")
-    if arguments.out and not arguments.out.parent.is_dir():
-        raise SystemExit(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
-    try:
-        config = bench_config(arguments.model, arguments.batch, arguments.dtype, attention=arguments.attention)
-    except StatedError as error:
-        raise SystemExit(str(error)) from error
+    check_out(arguments.out)
+    config = bench_config(arguments.model, arguments.batch, arguments.dtype, attention=arguments.attention)
     from mae_jax.train import cpu
 
     use(arguments.device)
     cpu.settle(config.model, config.batch_size)
     import jax
 
-    from mae_jax.bench.step import ready_step
+    from mae_jax.bench.step import check_device, ready_step
 
-    try:
-        ready = ready_step(config)
-    except StatedError as error:
-        raise SystemExit(str(error)) from error
+    check_device(arguments.device)
+    ready = ready_step(config)
     for _ in range(3):
         ready.step()
     with tempfile.TemporaryDirectory() as folder:
@@ -94,12 +88,8 @@ def main() -> None:
     for (kind, origin), spent_here in spent.most_common(arguments.rows):
         times = count[kind, origin] / arguments.steps
         lines.append(f"{spent_here:9.3f}{spent_here / total:7.1%}{times:7.0f}  {kind}  {origin}")
-    text = "\n".join(lines)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    else:
-        print(text)
+    give("\n".join(lines), arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

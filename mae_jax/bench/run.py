@@ -10,7 +10,7 @@ from typing import Literal
 from mae_jax.bench.matrix import matrix_rate
 from mae_jax.bench.setting import bench_config
 from mae_jax.bench.step import ready_step
-from mae_jax.bench.table import HEAD, Figures, MatrixRate, caption, factor_line, figures, line, reason
+from mae_jax.bench.table import HEAD, Figures, caption, factor_line, figures, lacks_memory, line, reason
 from mae_jax.config import AttentionKernel, Dtype
 from mae_jax.errors import StatedError
 
@@ -32,8 +32,6 @@ def time_steps(
     Raises:
       StatedError: a value is refused.
     """
-    if steps < 1 or warmup < 1:
-        raise StatedError(f"steps {steps} and warmup {warmup} must be positive")
     config = bench_config(model, batch, dtype, mask_tokens, remat, attention)
     ready = ready_step(config)
     for _ in range(warmup):
@@ -62,10 +60,16 @@ def in_own_process(
     command = [sys.executable, "-m", "mae_jax.cli", "bench", model, "--batches", str(batch), "--json", *words]
     command.append(f"--mask-tokens={'encoder' if mask_tokens else 'none'}")
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
+    if done.stdout:
         row: Figures = json.loads(done.stdout)
         return row
-    return {"side": side(mask_tokens, attention), "batch": batch, "failed": reason(done.stderr, done.returncode)}
+    return failure(batch, mask_tokens, attention, reason(done.stderr, done.returncode))
+
+
+def failure(batch: int, mask_tokens: bool, attention: AttentionKernel, why: str) -> Figures:
+    """The row of what could not be timed."""
+    said = why.removeprefix("mae-jax: ").removesuffix(" (--debug shows where)")
+    return {"side": side(mask_tokens, attention), "batch": batch, "failed": said}
 
 
 def rows(
@@ -78,7 +82,7 @@ def rows(
     steps: int,
     warmup: int,
 ) -> Iterator[Figures]:
-    """One for each batch, two where mask tokens are compared.
+    """One for each batch, two where mask tokens are compared; one that finds too little memory says so.
 
     Raises:
       StatedError: a value is refused.
@@ -86,11 +90,21 @@ def rows(
     variants = {"none": [False], "encoder": [True], "both": [True, False]}[mask_tokens]
     if not batches:
         raise StatedError("batches is empty: give at least one, such as --batches 64")
+    for name, count in (("steps", steps), ("warmup", warmup)):
+        if count < 1:
+            raise StatedError(f"{name} {count} must be positive")
     for batch in batches:
         for tokens in variants:
             bench_config(model, batch, dtype, tokens, remat, attention)  # refused here, before any work
     if len(batches) * len(variants) == 1:
-        yield time_steps(model, batches[0], dtype, steps, warmup, variants[0], remat, attention)
+        try:
+            row = time_steps(model, batches[0], dtype, steps, warmup, variants[0], remat, attention)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            if not lacks_memory(why):
+                raise
+            row = failure(batches[0], variants[0], attention, reason(why, 1))
+        yield row
         return
     common = [f"--dtype={dtype}", f"--steps={steps}", f"--warmup={warmup}", f"--attention={attention}"]
     common += ["--remat"] if remat else []
@@ -109,8 +123,7 @@ def show(found: Iterator[Figures], model: str, as_json: bool) -> int:
             print(json.dumps(row), flush=True)
             continue
         if not begun and "failed" not in row:
-            rate = MatrixRate(row["matrix_tflops_per_second"] * 1e12, row["matrix_size"], row["dtype"])
-            print(f"{caption(model, rate, row['device'])}\n{HEAD}")
+            print(f"{caption(row)}\n{HEAD}")
             begun = True
         print(line(row), flush=True)
         if "failed" in row or row["mask_tokens"]:

@@ -10,9 +10,24 @@ import numpy as np
 
 from mae_jax.bench.setting import ReadyStep, peak_host_bytes, pixels
 from mae_jax.config import PretrainConfig
+from mae_jax.errors import StatedError
 from mae_jax.train.engines import check_attention, choose_devices, pmap_engine
 from mae_jax.train.objective import Batch
 from mae_jax.train.steps import init_state, make_step
+
+
+def check_device(asked: str | None) -> None:
+    """Refuse a GPU that was asked for by `setting.use` and that JAX does not find.
+
+    Raises:
+      StatedError: there is none.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        if asked != "gpu":
+            raise
+        raise StatedError("JAX finds no GPU here that it can use: give --device cpu") from error
 
 
 def ready_step(config: PretrainConfig) -> ReadyStep:

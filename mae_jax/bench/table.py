@@ -50,8 +50,8 @@ def figures(
 PAPER_FACTORS = {"vit_large_patch16": 2.8, "vit_huge_patch14": 3.5}
 
 HEAD = (
-    f"{'side':14}{'batch':>6}{'images/s':>10}{'ms':>10}{'TFLOP/s':>9}{'share':>7}{'peak MiB':>10}{'compile s':>10}"
-    f"{'jax : it':>9}  version"
+    f"{'side':14}{'batch':>6}{'images/s':>10}{'ms':>10}{'TFLOP/s':>9}{'of':>9}{'share':>7}{'peak MiB':>10}"
+    f"{'compile s':>10}{'jax : it':>9}  version"
 )
 
 
@@ -62,17 +62,20 @@ def line(row: Figures) -> str:
     ratio = row.get("ratio_first_over_this")
     return (
         "{side:14}{batch:6}{images_per_second:10.2f}{milliseconds:10.1f}{tflops_per_second:9.3f}"
-        "{share_of_matrix_rate:7.1%}{peak_mib:10.0f}{compile_seconds:10.1f}".format(**row)
+        "{matrix_tflops_per_second:9.4g}{share_of_matrix_rate:7.1%}{peak_mib:10.0f}{compile_seconds:10.1f}".format(
+            **row
+        )
         + (" " * 9 if ratio is None else f"{ratio:9.3f}")
         + f"  {row['version']}"
     )
 
 
-def caption(model: str, rate: MatrixRate, device: str) -> str:
-    """What the share is of."""
+def caption(row: Figures) -> str:
+    """What is true of all rows of a table, and what the share is of."""
+    size = row["matrix_size"]
     return (
-        f"{model} on {device}; share: of {rate.flops / 1e12:.3g} TFLOP/s, measured in this run by a product of two "
-        f"{rate.size} x {rate.size} matrices in {rate.dtype}"
+        f"{row['model']} on {row['device']}; of, share: what a product of two {size} x {size} matrices in "
+        f"{row['dtype']} reached in the same run"
     )
 
 

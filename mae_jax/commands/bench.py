@@ -42,5 +42,7 @@ def bench(
         cpu.settle(timed.model, timed.batch_size)
     prepare_jax(dtype)
     from mae_jax.bench.run import rows, show
+    from mae_jax.bench.script import end_by_exception_on_sigterm
 
+    end_by_exception_on_sigterm()
     return show(rows(model, batches, dtype, mask_tokens, remat, attention, steps, warmup), model, json)

@@ -19,7 +19,15 @@ def test_figures_of_a_batch():
 
 
 def test_mask_tokens_cost_a_factor(capsys):
-    common = {"side": "jax", "batch": 8, "dtype": "float32", "device": "x", "version": "jax 1", "matrix_size": 2048}
+    common = {
+        "side": "jax",
+        "model": "vit_large_patch16",
+        "batch": 8,
+        "dtype": "float32",
+        "device": "x",
+        "version": "jax 1",
+        "matrix_size": 2048,
+    }
     numbers = {"images_per_second": 1.0, "tflops_per_second": 1.0, "share_of_matrix_rate": 0.5, "peak_mib": 1.0}
     rest = {"compile_seconds": 1.0, "matrix_tflops_per_second": 2.0}
     rows = [

@@ -3,13 +3,15 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from mae_jax.bench.table import lacks_memory
 from tests.quick import quick
 
 from .conftest import ROOT, Run, kept_programs
@@ -34,6 +36,18 @@ def test_a_row_of_figures(run: Run) -> None:
 def test_what_cannot_be_timed_is_said(run: Run) -> None:
     done = run("bench", "digits", "--batches", "8", "0")
     assert (done.returncode, done.stderr) == (1, "mae-jax: batch 0 must be positive\n")
+    done = run("bench", "digits", "--batches", "8", "16", "--steps=0")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "mae-jax: steps 0 must be positive\n")
+
+
+def test_a_step_that_finds_too_little_memory_leaves_a_row(run: Run) -> None:
+    for batches in (["1000000000000"], ["8", "1000000000000"]):
+        done = run("bench", "digits", "--batches", *batches, "--steps=1", "--warmup=1", "--json")
+        rows = [json.loads(text) for text in done.stdout.splitlines()]
+        assert (done.returncode, [row["batch"] for row in rows]) == (1, [int(batch) for batch in batches])
+        assert ["failed" in row for row in rows] == [False] * (len(batches) - 1) + [True]
+        assert lacks_memory(rows[-1]["failed"])
+        assert "--debug" not in rows[-1]["failed"]
 
 
 def test_this_projects_side_needs_no_data_libraries(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -62,10 +76,11 @@ def test_the_setting_imports_no_framework() -> None:
 
 @pytest.mark.slow
 def test_sides_in_turn_over_batches_and_mask_tokens(tmp_path_factory: pytest.TempPathFactory) -> None:
-    words = ["--model=digits", "--batch", "8", "--against=torch", "--rounds=2", "--steps=2", "--mask-tokens=both"]
+    words = ["--model=digits", "--batch", "8,9", "--against=torch", "--rounds=2", "--steps=2", "--mask-tokens=both"]
     done = bench_step(tmp_path_factory, *words, "--json")
     assert done.returncode == 0, done.stderr
-    with_tokens, without = map(json.loads, done.stdout.splitlines())
+    with_tokens, without, *larger = map(json.loads, done.stdout.splitlines())
+    assert [row["batch"] for rows in larger for row in rows] == [9] * 4
     assert [row["side"] for row in with_tokens + without] == ["jax", "torch"] * 2
     assert [row["mask_tokens"] for row in with_tokens + without] == [True, True, False, False]
     assert with_tokens[0]["tflops_per_second"] * with_tokens[0]["milliseconds"] > 1.4 * (
@@ -105,6 +120,14 @@ def test_the_gpu_table_goes_on_where_it_was_cut(tmp_path: Path, tmp_path_factory
     assert (other.returncode, "is of another command" in other.stderr) == (1, True)
 
 
+def test_a_damaged_record_is_named(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (tmp_path / "rows.jsonl").write_text("{\n")
+    done = script(tmp_path_factory, "bench_gpu.py", f"--out={tmp_path}", "--minutes=0", "--device=cpu")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "rows.jsonl, line 1, is damaged" in done.stderr
+    assert (tmp_path / "rows.jsonl").read_text() == "{\n"
+
+
 def test_jobs_that_failed_are_told_and_run_again_on_request(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -130,6 +153,55 @@ def test_a_first_start_is_cold_and_no_job_takes_for_ever(tmp_path: Path, monkeyp
         assert left.exists() == stays
 
 
+PARENT = """
+import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], stdout=-3, stderr=-3)
+print(child.pid, file=open(sys.argv[1] + ".part", "w"), flush=True)
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+if sys.argv[2] == "stays":
+    time.sleep(300)
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not yet reaped does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("what", ["stays", "ends"])
+def test_with_a_job_ends_all_that_it_started(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench_gpu = importlib.import_module("bench_gpu")
+    told = tmp_path / "child"
+    done = bench_gpu.finish([sys.executable, "-c", PARENT, str(told), what], {}, 0.1)
+    assert done.returncode == (1 if what == "stays" else 0)
+    assert not alive(int(told.read_text()))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_benchmark_that_is_stopped_leaves_no_side_behind(
+    number: int, code: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Only the benchmark is told, while its side still starts."""
+    process = subprocess.Popen(
+        [sys.executable, "scripts/bench_step.py", "--model=digits", "--batch=8", "--against="],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | quick(devices=1) | kept_programs(tmp_path_factory),
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until = time.monotonic() + 60
+    while not (sides := children.read_text().split()) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said) == (code, "", "")
+    assert [alive(int(side)) for side in sides] == [False]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -146,6 +218,12 @@ def test_a_first_start_is_cold_and_no_job_takes_for_ever(tmp_path: Path, monkeyp
             "attention cudnn needs an NVIDIA GPU, the device here is cpu",
         ),
         (["bench_gpu.py", "--dtype=float32", "--attention=cudnn"], "--attention cudnn needs --dtype bfloat16"),
+        (["bench_step.py", "--against=torch,torch"], "would time torch twice"),
+        (["bench_step.py", "--against=jax"], "would time jax twice"),
+        (["bench_gpu.py", "--job-minutes=0"], "--minutes 1e+09 and --job-minutes 0 must be positive"),
+        (["bench_gpu.py", "--out=pyproject.toml"], "--out pyproject.toml cannot be written (File exists)"),
+        (["profile_step.py", "--out=scripts"], "--out scripts is a folder: name a file"),
+        (["profile_step.py", "--model=digits", "--device=gpu"], "JAX finds no GPU here that it can use"),
         (["plan_gpu.py", "--model=vit_giant"], "model vit_giant is unknown"),
         (["plan_gpu.py", "--rows=0"], "--rows 0 must be positive"),
     ],
@@ -177,11 +255,11 @@ def test_flags_reach_the_compiler_and_the_report(tmp_path: Path, monkeypatch: py
     bench_gpu = importlib.import_module("bench_gpu")
     (flag, *_), given = bench_gpu.FLAGS, {}
 
-    def started(command: list[str], **settings: Any) -> "subprocess.CompletedProcess[str]":
-        given.update(command=command, flags=settings["env"]["XLA_FLAGS"])
+    def started(command: list[str], variables: dict[str, str], _: float) -> "subprocess.CompletedProcess[str]":
+        given.update(command=command, flags=variables["XLA_FLAGS"])
         return subprocess.CompletedProcess(command, 1, "", "out of memory")
 
-    monkeypatch.setattr(bench_gpu.subprocess, "run", started)
+    monkeypatch.setattr(bench_gpu, "finish", started)
     tried = [job for job in bench_gpu.jobs(["digits"], 256, "float32", 1, "gpu", "xla") if job[0] == "XLA flags"]
     assert len(tried) == 1 + len(bench_gpu.FLAGS)
     row = bench_gpu.run(0, tried[1], tmp_path, 1.0)

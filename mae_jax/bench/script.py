@@ -1,0 +1,60 @@
+"""How a benchmark ends, and what it leaves: no process that it started, no traceback, no lost table."""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from mae_jax.errors import StatedError
+
+
+def end_by_exception_on_sigterm() -> None:
+    """Let SIGTERM raise SystemExit, so that whatever this process has started is ended too; exit code 143."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def ended(main: Callable[[], int | None]) -> int:
+    """Run a script; its exit code, 1 with a sentence for a stated failure, 130 for Ctrl-C, 143 for SIGTERM."""
+    end_by_exception_on_sigterm()
+    try:
+        return main() or 0
+    except StatedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def check_out(path: Path | None) -> None:
+    """Refuse a file that cannot be, before any work.
+
+    Raises:
+      StatedError: it is a folder, or lies in none.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise StatedError(f"--out {path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise StatedError(f"--out {path}: there is no folder {path.parent}")
+
+
+def give(text: str, path: Path | None) -> None:
+    """Write a table into a file, or print it where there is none, or where it cannot be written.
+
+    Raises:
+      StatedError: it could not be written.
+    """
+    if path is not None:
+        try:
+            path.write_text(text + "\n")
+            return
+        except OSError as error:
+            print(text, flush=True)
+            raise StatedError(f"--out {path} cannot be written ({error.strerror}): the table is printed") from error
+    print(text)
