@@ -74,8 +74,8 @@ def caption(row: Figures) -> str:
     """What is true of all rows of a table, and what the share is of."""
     size = row["matrix_size"]
     return (
-        f"{row['model']} on {row['device']}; of, share: what a product of two {size} x {size} matrices in "
-        f"{row['dtype']} reached in the same run"
+        f"{row['model']} on {row['device']}; share: of the TFLOP/s beside it, which a product of two {size} x {size} "
+        f"matrices in {row['dtype']} reached in this run"
     )
 
 
