@@ -39,10 +39,11 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     prepare_jax(config.model.dtype)
     from mae_jax.train.compiled import keep_compiled
     from mae_jax.train.hosts import joined
+    from mae_jax.train.memory import too_little_is_told
     from mae_jax.train.pretrain import pretrain
 
     keep_compiled()
-    with joined(config) as hosts:
+    with joined(config) as hosts, too_little_is_told(config):
         finished = pretrain(config, hosts)
     return _ended(finished, args, prog)
 
@@ -77,9 +78,10 @@ def _transfer(args: Sequence[str], prog: str, presets: "Mapping[str, Callable[[]
     from mae_jax.train.compiled import keep_compiled
     from mae_jax.train.finetune import EVALUATED, evaluate, finetune
     from mae_jax.train.hosts import joined
+    from mae_jax.train.memory import too_little_is_told
 
     keep_compiled()
-    with joined(config) as hosts:
+    with joined(config) as hosts, too_little_is_told(config):
         if len(words) < len(args):
             outcomes = evaluate(config, hosts)
             top1, top5 = outcomes.top(1)[0], outcomes.top(5)[0]
