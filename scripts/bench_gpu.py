@@ -9,18 +9,16 @@ again for ever.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from mae_jax.bench.script import ended
+from mae_jax.bench.script import ended, finish
 from mae_jax.bench.setting import bench_config
 from mae_jax.bench.table import HEAD, apart, caption, factor_line, lacks_memory, line, reason
 from mae_jax.errors import StatedError
@@ -88,27 +86,6 @@ def has_gpu() -> bool:
     """Whether JAX finds one, asked in a process that lets go of it."""
     asked = [sys.executable, "-c", "import jax; jax.devices()"]
     return subprocess.run(asked, capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cuda"}).returncode == 0
-
-
-def finish(command: list[str], variables: dict[str, str], minutes: float) -> "subprocess.CompletedProcess[str]":
-    """A command's end, within `minutes`; with it, or before, ends all that it has started."""
-    job = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | variables,
-        start_new_session=True,
-    )
-    try:
-        out, said = job.communicate(timeout=minutes * 60)
-        return subprocess.CompletedProcess(command, job.returncode, out, said)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"took longer than {minutes:g} minutes")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-        job.communicate()
 
 
 def run(number: int, job: Job, out: Path, minutes: float) -> dict[str, Any]:

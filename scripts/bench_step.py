@@ -30,7 +30,7 @@ from typing import Any
 
 from bench_side import SIDES, add_setting
 
-from mae_jax.bench.script import ended
+from mae_jax.bench.script import ended, signals_wait
 from mae_jax.bench.setting import bench_config
 from mae_jax.bench.table import (
     HEAD,
@@ -149,7 +149,8 @@ def timed(names: list[str], config: PretrainConfig, arguments: argparse.Namespac
     sides, name = [], names[0]
     try:
         for name in names:
-            sides.append(Process(name, words, alone=len(names) == 1))
+            with signals_wait():
+                sides.append(Process(name, words, alone=len(names) == 1))
             sides[-1].begin()
         if len({side.about["device"] for side in sides}) > 1:
             found = ", ".join(f"{side.name} on {side.about['device']}" for side in sides)

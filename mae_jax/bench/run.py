@@ -1,13 +1,13 @@
 """`mae-jax bench`: this project's step alone, over batch sizes, with and without mask tokens in the encoder."""
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from mae_jax.bench.matrix import matrix_rate
+from mae_jax.bench.script import finish
 from mae_jax.bench.setting import bench_config
 from mae_jax.bench.step import ready_step
 from mae_jax.bench.table import HEAD, Figures, caption, factor_line, figures, lacks_memory, line, reason
@@ -59,7 +59,7 @@ def in_own_process(
     """The same, in a process of its own; one that fails leaves a row that says why."""
     command = [sys.executable, "-m", "mae_jax.cli", "bench", model, "--batches", str(batch), "--json", *words]
     command.append(f"--mask-tokens={'encoder' if mask_tokens else 'none'}")
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = finish(command)
     if done.stdout:
         row: Figures = json.loads(done.stdout)
         return row

@@ -1,8 +1,11 @@
 """How a benchmark ends, and what it leaves: no process that it started, no traceback, no lost table."""
 
+import contextlib
+import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +31,49 @@ def ended(main: Callable[[], int | None]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until a process that is being started is in hand, for `Popen` may have started it
+    and not yet returned it: an exception in between would leave nobody to end it.
+    """
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def finish(
+    command: list[str], variables: Mapping[str, str] | None = None, minutes: float | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """A command's end, within `minutes`; with it, or before, ends all that it has started."""
+    job: subprocess.Popen[str] | None = None
+    try:
+        with signals_wait():
+            job = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | dict(variables or {}),
+                start_new_session=True,
+            )
+        out, said = job.communicate(timeout=None if minutes is None else minutes * 60)
+        return subprocess.CompletedProcess(command, job.returncode, out, said)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"took longer than {minutes:g} minutes")
+    finally:
+        if job is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+            job.communicate()
 
 
 def check_out(path: Path | None) -> None:

@@ -163,9 +163,11 @@ def claim(config: RunConfig, examples: int | None = None) -> Path:
         if differing:
             rows = ", ".join(f"{name} {old}" for name, old, _ in differing)
             news = ", ".join(str(new) for _, _, new in differing)
+            has_checkpoint = any((workdir / CHECKPOINTS).glob("*"))
+            remove = "" if has_checkpoint else " or remove this one, which has no checkpoint yet"
             raise StatedError(
                 f"{config.workdir} was started with {rows}; this command says {news}. "
-                "Continue with those, or choose another --workdir."
+                f"Continue with those, or choose another --workdir{remove}."
             )
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,49 @@
+"""What a benchmark starts ends with it."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from mae_jax.bench.script import end_by_exception_on_sigterm, finish, signals_wait
+from tests.processes import dies
+
+PARENT = """
+import os, signal, subprocess, sys, time
+quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], **quiet)
+print(child.pid, file=open(sys.argv[1] + ".part", "w"), flush=True)
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+if sys.argv[2] == "stays":
+    time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_waits_until_what_is_started_is_in_hand(number: int, raised: type[BaseException]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    started = []
+
+    def start() -> None:
+        with signals_wait():
+            signal.raise_signal(number)
+            started.append("a process")
+
+    end_by_exception_on_sigterm()
+    try:
+        with pytest.raises(raised):
+            start()
+        assert started == ["a process"]
+        with pytest.raises(raised):  # and no longer than that
+            signal.raise_signal(number)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("what", ["stays", "ends"])
+def test_with_a_job_ends_all_that_it_started(what: str, tmp_path: Path) -> None:
+    told = tmp_path / "child"
+    done = finish([sys.executable, "-c", PARENT, str(told), what], {}, 0.1)
+    assert done.returncode == (1 if what == "stays" else 0)
+    assert dies(int(told.read_text()))

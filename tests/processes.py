@@ -1,0 +1,17 @@
+"""Processes that tests start, and see end."""
+
+import time
+from pathlib import Path
+
+
+def dies(pid: int) -> bool:
+    """Whether a process that has been sent a signal is gone within a few seconds, or dead and not yet reaped."""
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
