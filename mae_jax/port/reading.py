@@ -1,8 +1,6 @@
 """Reading: a PyTorch file, a Hugging Face folder, a run of this project, or a repository on the hub, to `Weights`."""
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from mae_jax.port.hub import download
 from mae_jax.port.inference import Hints, infer_config
 from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, from_fair
 from mae_jax.port.layouts import Layout, detect, from_layout, in_decoder
+from mae_jax.port.told import check_settings, hints_in, normalisation_in, read_json, said_in
 from mae_jax.port.weights import Weights, default_normalisation, for_image_size
 from mae_jax.train.classification import BATCH_NORM_EPS, folded
 from mae_jax.train.saved_params import load_any
@@ -135,7 +134,7 @@ def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weig
     if path.is_dir():
         contents, beside = _read_folder(path)
     else:
-        contents, beside = read_file(path), _said_in(path.parent) if path.name in _WEIGHT_FILES else {}
+        contents, beside = read_file(path), said_in(path.parent) if path.name in _WEIGHT_FILES else {}
     try:
         found = detect(contents.tensors)
     except StatedError as error:
@@ -146,13 +145,13 @@ def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weig
     layout, prefix = found
     notes = [f"left out: {', '.join(contents.left)}"] if contents.left else []
     tensors = _strip(contents.tensors, prefix, layout, notes)
-    told = _hints(contents.arguments, path).over(_hints(beside, path))
+    told = hints_in(contents.arguments, path).over(hints_in(beside, path))
     for name in ("encoder_heads", "decoder_heads"):
         asked, said = getattr(hints, name), getattr(told, name)
         if None not in (asked, said) and asked != said:
             raise StatedError(f"{path} says {name} {said}, and {asked} is asked for: leave it out")
     given = hints.over(told).over(fallback)
-    _check_settings(beside, path, notes)
+    check_settings(beside, path, notes)
     if given.norm_pix_loss is None and any(in_decoder(key) for key in _named(tensors, layout)):
         notes.append(
             "the file does not say whether targets were normalised pixels; taken as plain (norm_pix_loss says)"
@@ -168,7 +167,7 @@ def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weig
     except ValueError as error:
         raise StatedError(f"{path} ({layout.name}{f', under {prefix}' if prefix else ''}): {error}") from error
     channels = encoder_config(config).in_channels
-    normalisation = _normalisation(contents.arguments, beside, channels)
+    normalisation = normalisation_in(contents.arguments, beside, channels)
     mean, std = normalisation or default_normalisation(channels)
     parameter_dtype = np.dtype(wide(dtype))
     return Weights(
@@ -238,85 +237,15 @@ def _unprobed(tensors: Tensors, notes: list[str]) -> Tensors:
 
 def _read_folder(folder: Path) -> tuple[Contents, dict[str, Any]]:
     """The weights in a folder, and what its config.json and preprocessor_config.json say."""
-    beside = _said_in(folder)
+    beside = said_in(folder)
     for name in _WEIGHT_FILES:
         if (folder / name).is_file():
             return read_file(folder / name), beside
     if (folder / _INDEX).is_file():
-        places = _read_json(folder / _INDEX).get("weight_map")
+        places = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(places, dict) or any(Path(str(name)).name != name for name in places.values()):
             raise StatedError(f"{folder / _INDEX} names no files of this folder under weight_map")
         parts = sorted(set(places.values()))
         tensors = {key: values for name in parts for key, values in read_file(folder / name).tensors.items()}
         return Contents(tensors, {}), beside
     raise StatedError(f"{folder} holds no weights ({', '.join((*_WEIGHT_FILES, _INDEX))}) and is no run")
-
-
-def _said_in(folder: Path) -> dict[str, Any]:
-    """What config.json says, and under `preprocessor` what preprocessor_config.json does."""
-    return _read_json(folder / "config.json") | {"preprocessor": _read_json(folder / "preprocessor_config.json")}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StatedError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise StatedError(f"{path} holds {type(values).__name__}, not a configuration")
-    return values
-
-
-def _hints(said: Mapping[str, Any], path: Path) -> Hints:
-    """What arguments or a config.json say, under the names of the authors, of Hugging Face or of this project.
-
-    Raises:
-      StatedError: a value is of another type.
-    """
-
-    def first(*names: str) -> Any:
-        return next((said[name] for name in names if said.get(name) is not None), None)
-
-    def number(kind: Any, *names: str) -> Any:
-        value = first(*names)
-        if value is not None and not isinstance(value, kind):
-            raise StatedError(f"{path} says {names[0]} {value!r}, which is no {getattr(kind, '__name__', 'number')}")
-        return value
-
-    size = first("image_size", "input_size")
-    if isinstance(size, list | tuple) and not (len(size) == 2 and all(isinstance(side, int) for side in size)):
-        raise StatedError(f"{path} says image_size {size!r}, which is not a side, nor height and width")
-    if not isinstance(size, list | tuple | int | None):
-        raise StatedError(f"{path} says image_size {size!r}, which is not a side, nor height and width")
-    return Hints(
-        encoder_heads=number(int, "encoder_heads", "num_attention_heads"),
-        decoder_heads=number(int, "decoder_heads", "decoder_num_attention_heads"),
-        image_size=tuple(size) if isinstance(size, list) else size,
-        mask_ratio=number(int | float, "mask_ratio"),
-        norm_pix_loss=number(int, "norm_pix_loss"),  # True and False are ints, and some write 0 and 1
-    )
-
-
-def _check_settings(said: Mapping[str, Any], path: Path, notes: list[str]) -> None:
-    """Settings of a Hugging Face configuration that this project's model does not have."""
-    activation = said.get("hidden_act", "gelu")
-    if activation != "gelu":
-        raise StatedError(f"{path}: config.json says hidden_act {activation!r}; only the exact gelu is computed here")
-    eps = said.get("layer_norm_eps", 1e-12 if said.get("model_type") == "vit_mae" else 1e-6)  # their default
-    if eps != 1e-6:
-        notes.append(f"config.json says layer_norm_eps {eps}; here LayerNorms have the authors' 1e-6")
-
-
-def _normalisation(
-    arguments: Mapping[str, Any], said: Mapping[str, Any], channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation from the file itself, a preprocessor_config.json, or timm's config.json, if one has them."""
-    values: Mapping[str, Any]
-    for values in (arguments, said.get("preprocessor") or {}, said.get("pretrained_cfg") or {}):
-        for names in (("image_mean", "image_std"), ("mean", "std")):
-            found: list[Any] = [values.get(name) for name in names]
-            if all(isinstance(one, list) and len(one) == channels for one in found):
-                return tuple(found[0]), tuple(found[1])
-    return None

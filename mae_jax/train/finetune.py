@@ -18,9 +18,10 @@ from mae_jax.train.best import BEST, drop_later, save_best
 from mae_jax.train.build import build_engine, run_length
 from mae_jax.train.hosts import Hosts
 from mae_jax.train.initial import Say, start_from
-from mae_jax.train.loop import Finished, Room, run
+from mae_jax.train.loop import Finished
 from mae_jax.train.metrics import read_metrics
 from mae_jax.train.objective import Params
+from mae_jax.train.run import Room, run
 from mae_jax.train.steps import TrainState, init_state
 from mae_jax.train.workdir import checkpoint_folders
 

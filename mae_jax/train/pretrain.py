@@ -10,9 +10,10 @@ from mae_jax.data.evaluation import load_samples
 from mae_jax.data.sources import Source, absolute, open_source
 from mae_jax.evaluation.reconstruction import draw, reconstruct, sample_noise
 from mae_jax.train.hosts import Hosts
-from mae_jax.train.loop import Finished, Room, run
+from mae_jax.train.loop import Finished
 from mae_jax.train.objective import Params
 from mae_jax.train.pca import with_fitted_target
+from mae_jax.train.run import Room, run
 from mae_jax.train.steps import TrainState
 
 ALONE = Hosts()

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import signal
 
-from mae_jax.train import loop
+from mae_jax.train import loop, run
 from mae_jax.train.pretrain import Pictures, pretrain
 
 
@@ -25,12 +25,12 @@ def test_a_stopped_run_draws_no_picture(tiny, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Pictures, "after", lambda watch, step, state, last: drawn.append(step))
 
-    class AtOnce(loop.StopRequest):
+    class AtOnce(run.StopRequest):
         def after(self, step):
             self.signal = signal.SIGTERM
             return True
 
-    monkeypatch.setattr(loop, "StopRequest", AtOnce)
+    monkeypatch.setattr(run, "StopRequest", AtOnce)
     config = dataclasses.replace(
         tiny(), steps=6, reconstruct_every=1, devices=1, workers=0, workdir=str(tmp_path / "run")
     )
