@@ -10,16 +10,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 
-def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
-    def one(leaf: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
-        # Not raveled: each device sums up the part that it has, with the places that this has in the whole.
-        place = jnp.zeros((), jnp.uint32)
-        for axis, size in enumerate(words.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        return jnp.sum(words.astype(jnp.uint32) * (2 * place + jnp.uint32(1)), dtype=jnp.uint32)
+@jax.jit
+def _sum(leaf: jax.Array) -> jax.Array:
+    """Compiled within what is compiled: arrays of one shape, of which a model has many, are traced once."""
+    words = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
+    # Not raveled: each device sums up the part that it has, with the places that this has in the whole.
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(words.astype(jnp.uint32) * (2 * place + jnp.uint32(1)), dtype=jnp.uint32)
 
-    return jnp.stack([one(leaf) for leaf in leaves])
+
+def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([_sum(leaf) for leaf in leaves])
 
 
 @functools.cache

@@ -76,12 +76,11 @@ def test_the_setting_imports_no_framework() -> None:
 
 
 @pytest.mark.slow
-def test_sides_in_turn_over_batches_and_mask_tokens(tmp_path_factory: pytest.TempPathFactory) -> None:
-    words = ["--model=digits", "--batch", "8,9", "--against=torch", "--rounds=2", "--steps=2", "--mask-tokens=both"]
+def test_sides_in_turn_with_and_without_mask_tokens(tmp_path_factory: pytest.TempPathFactory) -> None:
+    words = ["--model=digits", "--batch=8", "--against=torch", "--rounds=2", "--steps=2", "--mask-tokens=both"]
     done = bench_step(tmp_path_factory, *words, "--json")
     assert done.returncode == 0, done.stderr
-    with_tokens, without, *larger = map(json.loads, done.stdout.splitlines())
-    assert [row["batch"] for rows in larger for row in rows] == [9] * 4
+    with_tokens, without = map(json.loads, done.stdout.splitlines())
     assert [row["side"] for row in with_tokens + without] == ["jax", "torch"] * 2
     assert [row["mask_tokens"] for row in with_tokens + without] == [True, True, False, False]
     assert with_tokens[0]["tflops_per_second"] * with_tokens[0]["milliseconds"] > 1.4 * (
@@ -90,12 +89,13 @@ def test_sides_in_turn_over_batches_and_mask_tokens(tmp_path_factory: pytest.Tem
     assert without[1]["ratio_first_over_this"] > 0
 
 
-def test_a_side_that_fails_leaves_a_row(tmp_path_factory: pytest.TempPathFactory) -> None:
-    done = bench_step(tmp_path_factory, "--model=digits", "--batch", "8", "--against=", "--json", JAX_PLATFORMS="none")
+def test_a_side_that_fails_leaves_a_row_for_each_batch(tmp_path_factory: pytest.TempPathFactory) -> None:
+    words = ["--model=digits", "--batch", "8,9", "10", "--against=", "--json"]
+    done = bench_step(tmp_path_factory, *words, JAX_PLATFORMS="none")
     assert done.returncode == 1
-    ((row,),) = map(json.loads, done.stdout.splitlines())
-    assert row["side"] == "jax"
-    assert "none" in row["failed"]
+    rows = [row for (row,) in map(json.loads, done.stdout.splitlines())]
+    assert [(row["side"], row["batch"]) for row in rows] == [("jax", 8), ("jax", 9), ("jax", 10)]
+    assert all("none" in row["failed"] for row in rows)
 
 
 def test_a_profile_names_operations_and_where_they_come_from(tmp_path_factory: pytest.TempPathFactory) -> None:
