@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from mae_jax.commands.evaluation import features, knn, reconstruct
 from mae_jax.commands.port import port
 from mae_jax.commands.training import finetune, plan, pretrain, probe
 from mae_jax.errors import StatedError
+from mae_jax.interruption import end_by_exception
 
 
 def _tyro_command(function: Callable[..., int]) -> Callable[[Sequence[str], str], int]:
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
+    end_by_exception(signal.SIGINT)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     summaries = "\n".join(

@@ -7,23 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 
 from mae_jax.errors import StatedError
-
-
-def end_by_exception_on_sigterm() -> None:
-    """Let SIGTERM raise SystemExit, so that whatever this process has started is ended too; exit code 143."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)
+from mae_jax.interruption import end_by_exception
 
 
 def ended(main: Callable[[], int | None]) -> int:
     """Run a script; its exit code, 1 with a sentence for a stated failure, 130 for Ctrl-C, 143 for SIGTERM."""
-    end_by_exception_on_sigterm()
+    end_by_exception(signal.SIGINT, signal.SIGTERM)  # so that whatever this process has started is ended too
     try:
         return main() or 0
     except StatedError as error:
@@ -39,15 +30,13 @@ def signals_wait() -> Iterator[None]:
     and not yet returned it: an exception in between would leave nobody to end it.
     """
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
-    try:
+    with contextlib.ExitStack() as before:  # all are restored, also where the first signal comes in between
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.signal(number, lambda number, frame: came.append(number))
+            before.callback(signal.signal, number, signal.SIG_DFL if handler is None else handler)
         yield
-    finally:
-        for number, handler in zip(numbers, handlers, strict=True):
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+    if came:
+        signal.raise_signal(came[0])
 
 
 def finish(

@@ -1,10 +1,12 @@
 """The command that times the step."""
 
+import signal
 from typing import Literal
 
 import tyro
 
 from mae_jax.commands.precision import prepare_jax
+from mae_jax.interruption import end_by_exception
 
 
 def bench(
@@ -42,7 +44,6 @@ def bench(
         cpu.settle(timed.model, timed.batch_size)
     prepare_jax(dtype)
     from mae_jax.bench.run import rows, show
-    from mae_jax.bench.script import end_by_exception_on_sigterm
 
-    end_by_exception_on_sigterm()
+    end_by_exception(signal.SIGTERM)  # so that whatever this process has started is ended too
     return show(rows(model, batches, dtype, mask_tokens, remat, attention, steps, warmup), model, json)

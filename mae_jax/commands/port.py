@@ -1,12 +1,13 @@
 """The command that carries weights."""
 
-import sys
+import signal
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from mae_jax.commands.precision import prepare_jax_for
+from mae_jax.interruption import end_by_exception
 
 
 def port(
@@ -45,13 +46,10 @@ def port(
       verify: Run the same images and noise through this project's model and the receiving library's.
       force: Replace what is at the destination.
     """
-    import signal
-
     from mae_jax.port.inference import Hints
     from mae_jax.port.port import port
 
-    # As Ctrl-C does: what is half written is removed on the way out.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end_by_exception(signal.SIGTERM)  # as Ctrl-C does: what is half written is removed on the way out
     prepare_jax_for(source)
     hints = Hints(encoder_heads, decoder_heads, source_image_size, mask_ratio, norm_pix_loss)
     port(source, destination, to, part=part, hints=hints, image_size=image_size, dtype=dtype, check=verify, force=force)

@@ -97,7 +97,7 @@ class Loop:
 
     def go(self, state: TrainState, start: int) -> Finished:
         """Run the steps from `start` to the end, or to a stop."""
-        config, step = self.config, start
+        config, step, stopped = self.config, start, False
         in_flight: deque[Metrics] = deque()
         with contextlib.closing(
             training_batches(
@@ -132,7 +132,7 @@ class Loop:
                         self.watch.after(step, state, last)
                 if last:
                     break
-        return Finished(self.checkpoints.folder.parent, step, self.stop.signal if step < self.length.steps else None)
+        return Finished(self.checkpoints.folder.parent, step, self.stop.signal if stopped else None)
 
     def _rows(self, batch: TrainingBatch) -> Batch:
         """What the step is given of a batch.

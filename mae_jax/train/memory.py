@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from jax.errors import JaxRuntimeError
 
-from mae_jax.config import RunConfig
+from mae_jax.config import PretrainConfig, RunConfig
 from mae_jax.errors import StatedError
 
 
@@ -22,7 +22,8 @@ def too_little_is_told(config: RunConfig) -> Iterator[None]:
         if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         remat = "" if config.model.remat else " or --model.remat"
+        plan = "; mae-jax plan says what a step needs" if isinstance(config, PretrainConfig) else ""
         raise StatedError(
             f"too little memory for batch_size {config.batch_size} with accumulate {config.accumulate} ({error}): "
-            f"give a smaller --batch-size, a larger --accumulate{remat}; mae-jax plan says what a step needs"
+            f"give a smaller --batch-size, a larger --accumulate{remat}{plan}"
         ) from error

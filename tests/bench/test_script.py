@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mae_jax.bench.script import end_by_exception_on_sigterm, finish, signals_wait
+from mae_jax.bench.script import finish, signals_wait
+from mae_jax.interruption import end_by_exception
 from tests.processes import dies
 
 PARENT = """
@@ -21,8 +22,8 @@ if sys.argv[2] == "stays":
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_waits_until_what_is_started_is_in_hand(number: int, raised: type[BaseException]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_signal_waits_until_what_is_started_is_in_hand(number: signal.Signals, raised: type[BaseException]) -> None:
+    before = signal.getsignal(number)
     started = []
 
     def start() -> None:
@@ -30,7 +31,7 @@ def test_a_signal_waits_until_what_is_started_is_in_hand(number: int, raised: ty
             signal.raise_signal(number)
             started.append("a process")
 
-    end_by_exception_on_sigterm()
+    end_by_exception(number)
     try:
         with pytest.raises(raised):
             start()
@@ -38,7 +39,7 @@ def test_a_signal_waits_until_what_is_started_is_in_hand(number: int, raised: ty
         with pytest.raises(raised):  # and no longer than that
             signal.raise_signal(number)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("what", ["stays", "ends"])

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import signal
 
+import pytest
+
 from mae_jax.train import loop, run
 from mae_jax.train.pretrain import Pictures, pretrain
 
@@ -37,3 +39,23 @@ def test_a_stopped_run_draws_no_picture(tiny, tmp_path, monkeypatch):
     assert pretrain(config).step == 1
     assert drawn == []
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+
+
+@pytest.mark.parametrize(("at", "ended_by"), [(6, signal.SIGTERM), (None, None)])
+def test_a_signal_during_the_last_step_is_told(tiny, tmp_path, monkeypatch, at, ended_by):
+    """For what comes after it was left out; the same command makes up for it."""
+    drawn = []
+    monkeypatch.setattr(Pictures, "after", lambda watch, step, state, last: drawn.append(step))
+
+    class At(run.StopRequest):
+        def after(self, step):
+            self.signal = signal.SIGTERM if step == at else None
+            return step == at
+
+    monkeypatch.setattr(run, "StopRequest", At)
+    config = dataclasses.replace(
+        tiny(), steps=6, reconstruct_every=None, devices=1, workers=0, workdir=str(tmp_path / "run")
+    )
+    finished = pretrain(config)
+    assert (finished.step, finished.signal) == (6, ended_by)
+    assert (6 in drawn) == (at is None)

@@ -6,7 +6,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from mae_jax.errors import StatedError
-from mae_jax.presets import PRESETS
+from mae_jax.presets import FINETUNE, PRESETS
 from mae_jax.train.memory import too_little_is_told
 
 CONFIG = PRESETS["digits"]()
@@ -32,3 +32,8 @@ def test_what_is_done_already_is_not_advised():
 def test_other_failures_pass(failure):
     with pytest.raises(type(failure), match=str(failure)), too_little_is_told(CONFIG):
         raise failure
+
+
+def test_only_pretraining_can_be_planned():
+    with pytest.raises(StatedError, match=r"--model\.remat$"), too_little_is_told(next(iter(FINETUNE.values()))()):
+        raise MemoryError("no")
