@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import tyro
 
@@ -15,7 +16,7 @@ from mae_jax.commands.evaluation import features, knn, reconstruct
 from mae_jax.commands.port import port
 from mae_jax.commands.training import finetune, plan, pretrain, probe
 from mae_jax.errors import StatedError
-from mae_jax.interruption import end_by_exception
+from mae_jax.interruption import STOPPED, end_by_exception
 
 
 def _tyro_command(function: Callable[..., int]) -> Callable[[Sequence[str], str], int]:
@@ -45,11 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a stated failure, 2 wrong usage, 143 or 130 stopped by SIGTERM or Ctrl-C."""
     code = _main(argv)
     if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-        # One of several hosts that has failed: at a regular exit it and the others would wait for each other.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _leave(code)  # one of several hosts has failed: at a regular exit it and the others would wait for each other
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without what Python does at its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -70,7 +75,11 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         return COMMANDS[command]([word for word in words[1:] if word != "--debug"], f"mae-jax {command}")
     except KeyboardInterrupt:
-        return 130
+        _leave(130)  # libraries that were cut off at any place have crashed at a regular exit
+    except SystemExit as ended:
+        if ended.code == STOPPED:
+            _leave(STOPPED)
+        raise
     except BrokenPipeError:
         os._exit(1)
     except Exception as error:

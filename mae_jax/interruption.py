@@ -7,11 +7,12 @@ import threading
 from types import FrameType
 from typing import NoReturn
 
+STOPPED = 128 + signal.SIGTERM  # exit code
 AGAIN = 0.05  # seconds until a signal that could not be raised is sent once more
 
 
 def end_by_exception(*numbers: signal.Signals) -> None:
-    """Let SIGINT raise KeyboardInterrupt and SIGTERM SystemExit with code 143, so that what is half done is undone.
+    """Let SIGINT raise KeyboardInterrupt and SIGTERM SystemExit with code STOPPED, so that what is half done is undone.
 
     Python drops an exception that is raised in what the garbage collector calls, and JAX has it call a function each
     time. A signal that arrives there is sent again a little later. Outside the main thread nothing is set.
@@ -33,7 +34,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 def _raise(number: int) -> NoReturn:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    sys.exit(128 + number)
+    sys.exit(STOPPED)
 
 
 def _is_dropped_in(frame: FrameType | None) -> bool:
