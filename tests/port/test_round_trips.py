@@ -112,6 +112,22 @@ def test_smaller_files_hold_the_rounded_values(tmp_path, dtype, suffix):
     assert file.stat().st_size < 0.7 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.parametrize("part", ["all", "encoder"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_smaller_files_come_in_with_exact_positions(tmp_path, dtype, part):
+    """Their tables are rounded; this project's are not, and what it computes is verified to float32's bound."""
+    file = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "f.pth", layout="fair", dtype=dtype)
+    said = []
+    port(str(file), tmp_path / "run", "jax", part=part, say=said.append)
+    assert [line.split()[-2:] for line in said if line.startswith(("latent", "pred"))] == [["5.0e-06", "ok"]] * (
+        2 if part == "all" else 1
+    )
+    found, params = reread(tmp_path / "run", "jax", TINY)
+    assert found == TINY
+    rounded = read_weights(file).params
+    assert same(params, rounded if part == "all" else {"encoder": rounded["encoder"]})
+
+
 def test_the_authors_checkpoint(tmp_path):
     """Read with nothing but its heads given, and written back to the same tensors."""
     config, params = mae_jax.load_torch(GOLDEN, encoder_heads=3, decoder_heads=4)
