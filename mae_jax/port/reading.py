@@ -160,7 +160,9 @@ def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weig
         named = _unprobed(_named(tensors, layout), notes)
         config = infer_config(named, given, dtype)
         part: Part = "encoder" if isinstance(config, ModelConfig) and not any(map(in_decoder, named)) else "all"
-        fair = from_layout(named if layout.name == "fair" else tensors, layout, config, part)
+        used = named if layout.name == "fair" else tensors
+        fair = from_layout(used, layout, config, part)
+        _require_floating(used)
         params = from_fair(fair, config, part)
     except StatedError as error:
         raise StatedError(f"{path}: {error}") from error
@@ -222,9 +224,16 @@ def _named(tensors: Tensors, layout: Layout) -> Tensors:
 
 
 def _unprobed(tensors: Tensors, notes: list[str]) -> Tensors:
-    """A linear probe's head with the BatchNorm before it folded in: the same logits from one product."""
+    """A linear probe's head with the BatchNorm before it folded in: the same logits from one product.
+
+    Raises:
+      StatedError: a part of them is missing.
+    """
     if "head.0.running_mean" not in tensors or "head.1.weight" not in tensors:
         return tensors
+    missing = [key for key in ("head.0.running_var", "head.1.bias") if key not in tensors]
+    if missing:
+        raise StatedError(f"{' and '.join(missing)} missing, beside head.0.running_mean: save the whole head")
     scale = 1 / np.sqrt(tensors["head.0.running_var"].astype(np.float64) + BATCH_NORM_EPS)
     weight = tensors["head.1.weight"] * scale
     folded = {
@@ -233,6 +242,12 @@ def _unprobed(tensors: Tensors, notes: list[str]) -> Tensors:
     }
     notes.append("the BatchNorm in front of the linear head is folded into it")
     return {key: values for key, values in tensors.items() if not key.startswith("head.")} | folded
+
+
+def _require_floating(tensors: Tensors) -> None:
+    for key, values in tensors.items():
+        if not jax.numpy.issubdtype(values.dtype, np.floating):  # NumPy's does not know bfloat16
+            raise StatedError(f"{key} is {values.dtype}, where a weight is floating: save it as float32")
 
 
 def _read_folder(folder: Path) -> tuple[Contents, dict[str, Any]]:

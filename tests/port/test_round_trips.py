@@ -19,7 +19,7 @@ from mae_jax.models.positions import resize_positions
 from mae_jax.port.files import read_file, write_safetensors, write_torch
 from mae_jax.port.inference import Hints
 from mae_jax.port.keys import to_fair
-from mae_jax.port.layouts import LAYOUTS, to_layout
+from mae_jax.port.layouts import LAYOUTS, to_layout, written
 from mae_jax.port.port import port
 from mae_jax.port.reading import read_weights
 from mae_jax.train.saved_params import load_params
@@ -188,6 +188,27 @@ def test_a_linear_probe_is_one_product(tmp_path):
     x = torch.randn(5, 48, generator=generator)
     ours = x.numpy() @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
     np.testing.assert_allclose(ours, head(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["head.0.running_var", "head.1.bias"])
+def test_a_part_of_a_linear_probe_that_is_missing_is_named(tmp_path, key):
+    tensors = to_fair(draw_params(CLASSIFIERS["class"]), CLASSIFIERS["class"])
+    head = {"head.1.weight": tensors.pop("head.weight"), "head.1.bias": tensors.pop("head.bias")}
+    head |= {"head.0.running_mean": np.zeros(48, np.float32), "head.0.running_var": np.ones(48, np.float32)}
+    del head[key]
+    write_torch(tmp_path / "probe.pth", tensors | head, None)
+    with pytest.raises(StatedError, match=f"probe.pth: {key} missing, beside head.0.running_mean"):
+        read_weights(tmp_path / "probe.pth", Hints(3))
+
+
+@pytest.mark.parametrize(
+    ("layout", "key"), [("fair", "blocks.1.attn.qkv.weight"), ("huggingface", "decoder.decoder_pred.bias")]
+)
+def test_a_weight_of_integers_is_refused(tmp_path, layout, key):
+    tensors = to_layout(to_fair(draw_params(TINY), TINY), written(layout))
+    write_torch(tmp_path / "f.pth", tensors | {key: tensors[key].astype(np.int64)}, None)
+    with pytest.raises(StatedError, match=f"f.pth: {key} is int64, where a weight is floating"):
+        read_weights(tmp_path / "f.pth", Hints(3, 4))
 
 
 @pytest.mark.parametrize("positions", ["sincos2d", "learned"])
