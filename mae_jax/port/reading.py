@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -132,9 +131,12 @@ def _from_classifier(path: Path, config: FinetuneConfig, params: Params, step: i
 
 def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weights:
     if path.is_dir():
-        contents, beside = _read_folder(path)
+        folder, file = path, _weights_in(path)
+        beside = said_in(folder)
+        contents = _read_parts(file) if file.name == _INDEX else read_file(file)
     else:
-        contents, beside = read_file(path), said_in(path.parent) if path.name in _WEIGHT_FILES else {}
+        folder, file = path.parent, path
+        contents, beside = read_file(file), said_in(folder) if file.name in _WEIGHT_FILES else {}
     try:
         found = detect(contents.tensors)
     except StatedError as error:
@@ -169,7 +171,7 @@ def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weig
     except ValueError as error:
         raise StatedError(f"{path} ({layout.name}{f', under {prefix}' if prefix else ''}): {error}") from error
     channels = encoder_config(config).in_channels
-    normalisation = normalisation_in(contents.arguments, beside, channels)
+    normalisation = normalisation_in(contents.arguments, file, beside, folder, channels)
     mean, std = normalisation or default_normalisation(channels)
     parameter_dtype = np.dtype(wide(dtype))
     return Weights(
@@ -250,17 +252,20 @@ def _require_floating(tensors: Tensors) -> None:
             raise StatedError(f"{key} is {values.dtype}, where a weight is floating: save it as float32")
 
 
-def _read_folder(folder: Path) -> tuple[Contents, dict[str, Any]]:
-    """The weights in a folder, and what its config.json and preprocessor_config.json say."""
-    beside = said_in(folder)
-    for name in _WEIGHT_FILES:
-        if (folder / name).is_file():
-            return read_file(folder / name), beside
-    if (folder / _INDEX).is_file():
-        places = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(places, dict) or any(Path(str(name)).name != name for name in places.values()):
-            raise StatedError(f"{folder / _INDEX} names no files of this folder under weight_map")
-        parts = sorted(set(places.values()))
-        tensors = {key: values for name in parts for key, values in read_file(folder / name).tensors.items()}
-        return Contents(tensors, {}), beside
-    raise StatedError(f"{folder} holds no weights ({', '.join((*_WEIGHT_FILES, _INDEX))}) and is no run")
+def _weights_in(folder: Path) -> Path:
+    """The file in a folder that holds its weights, or says which others do."""
+    names = (*_WEIGHT_FILES, _INDEX)
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise StatedError(f"{folder} holds no weights ({', '.join(names)}) and is no run")
+    return found
+
+
+def _read_parts(index: Path) -> Contents:
+    """The weights in the files that an index names."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or any(Path(str(name)).name != name for name in places.values()):
+        raise StatedError(f"{index} names no files of this folder under weight_map")
+    parts = sorted(set(places.values()))
+    tensors = {key: values for name in parts for key, values in read_file(index.parent / name).tensors.items()}
+    return Contents(tensors, {})

@@ -8,6 +8,9 @@ from typing import Any
 from mae_jax.errors import StatedError
 from mae_jax.port.inference import Hints
 
+_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
+_LARGEST = 3.4e38  # of float32; nan is not below it either
+
 
 def said_in(folder: Path) -> dict[str, Any]:
     """What config.json says, and under `preprocessor` what preprocessor_config.json does.
@@ -15,7 +18,7 @@ def said_in(folder: Path) -> dict[str, Any]:
     Raises:
       StatedError: one of them cannot be read.
     """
-    return read_json(folder / "config.json") | {"preprocessor": read_json(folder / "preprocessor_config.json")}
+    return read_json(folder / _CONFIG) | {"preprocessor": read_json(folder / _PREPROCESSOR)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,13 +83,39 @@ def check_settings(said: Mapping[str, Any], path: Path, notes: list[str]) -> Non
 
 
 def normalisation_in(
-    arguments: Mapping[str, Any], said: Mapping[str, Any], channels: int
+    arguments: Mapping[str, Any], file: Path, said: Mapping[str, Any], folder: Path, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation from the file itself, a preprocessor_config.json, or timm's config.json, if one has them."""
-    values: Mapping[str, Any]
-    for values in (arguments, said.get("preprocessor") or {}, said.get("pretrained_cfg") or {}):
+    """Mean and deviation from the file itself, a preprocessor_config.json, or timm's config.json, if one has them.
+
+    Args:
+      arguments: What the file says beside its tensors.
+      file: Is named where that cannot be.
+      said: What `said_in` found beside the file.
+      folder: In which it found it.
+      channels: Of the images; lists of another length are passed over.
+
+    Raises:
+      StatedError: one of the lists holds what is no finite number, or a deviation that is not positive.
+    """
+    pretrained = said.get("pretrained_cfg") or {}
+    if not isinstance(pretrained, Mapping):
+        raise StatedError(f"{folder / _CONFIG} says pretrained_cfg {pretrained!r}, which is no object: leave it out")
+    sources: tuple[tuple[Path, Mapping[str, Any]], ...] = (
+        (file, arguments),
+        (folder / _PREPROCESSOR, said.get("preprocessor") or {}),
+        (folder / _CONFIG, pretrained),
+    )
+    for path, values in sources:
         for names in (("image_mean", "image_std"), ("mean", "std")):
             found: list[Any] = [values.get(name) for name in names]
             if all(isinstance(one, list) and len(one) == channels for one in found):
+                _require_finite(found[0], names[0], path, -_LARGEST, "finite number")
+                _require_finite(found[1], names[1], path, 0.0, "positive finite number")
                 return tuple(found[0]), tuple(found[1])
     return None
+
+
+def _require_finite(values: list[Any], name: str, path: Path, above: float, kind: str) -> None:
+    for value in values:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < _LARGEST:
+            raise StatedError(f"{path} says {name} {values!r}, of which {value!r} is no {kind}: correct it there")

@@ -317,6 +317,15 @@ def test_a_configuration_that_is_not_ours_is_refused(tmp_path, changes, said):
         mae_jax.load_torch(folder)
 
 
+def test_a_normalisation_that_divides_by_zero_is_refused(tmp_path):
+    folder = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "hf", layout="huggingface")
+    held = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(held | {"image_std": [0.5, 0, 0.5]}))
+    for source in (folder, folder / "model.safetensors"):
+        with pytest.raises(StatedError, match=r"hf/preprocessor_config.json says image_std \[0.5, 0, 0.5\]"):
+            read_weights(source)
+
+
 def test_another_epsilon_is_told(tmp_path):
     folder = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "hf", layout="huggingface")
     held = json.loads((folder / "config.json").read_text())
