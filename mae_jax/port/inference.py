@@ -100,8 +100,8 @@ def _heads(widths: Mapping[str, int], hints: Hints) -> dict[str, int]:
       StatedError: neither is known; the flags to give them by are named.
     """
     known = {
-        "encoder": hints.encoder_heads or _ENCODER_HEADS.get(widths["encoder"]),
-        "decoder": hints.decoder_heads or _DECODER_HEADS.get(widths.get("decoder", 0)),
+        "encoder": _ENCODER_HEADS.get(widths["encoder"]) if hints.encoder_heads is None else hints.encoder_heads,
+        "decoder": _DECODER_HEADS.get(widths.get("decoder", 0)) if hints.decoder_heads is None else hints.decoder_heads,
     }
     unknown = [stack for stack in widths if known[stack] is None]
     if unknown:

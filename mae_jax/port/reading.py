@@ -14,7 +14,7 @@ from mae_jax.port.hub import download
 from mae_jax.port.inference import Hints, infer_config
 from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, from_fair
 from mae_jax.port.layouts import Layout, detect, from_layout, in_decoder
-from mae_jax.port.told import check_settings, hints_in, normalisation_in, read_json, said_in
+from mae_jax.port.told import CONFIG, check_settings, hints_in, normalisation_in, read_json, said_in
 from mae_jax.port.weights import Weights, default_normalisation, for_image_size
 from mae_jax.train.classification import BATCH_NORM_EPS, folded
 from mae_jax.train.saved_params import load_any
@@ -147,13 +147,13 @@ def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weig
     layout, prefix = found
     notes = [f"left out: {', '.join(contents.left)}"] if contents.left else []
     tensors = _strip(contents.tensors, prefix, layout, notes)
-    told = hints_in(contents.arguments, path).over(hints_in(beside, path))
+    told = hints_in(contents.arguments, file).over(hints_in(beside, folder / CONFIG))
     for name in ("encoder_heads", "decoder_heads"):
         asked, said = getattr(hints, name), getattr(told, name)
         if None not in (asked, said) and asked != said:
             raise StatedError(f"{path} says {name} {said}, and {asked} is asked for: leave it out")
     given = hints.over(told).over(fallback)
-    check_settings(beside, path, notes)
+    check_settings(beside, folder / CONFIG, notes)
     if given.norm_pix_loss is None and any(in_decoder(key) for key in _named(tensors, layout)):
         notes.append(
             "the file does not say whether targets were normalised pixels; taken as plain (norm_pix_loss says)"

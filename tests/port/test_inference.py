@@ -62,6 +62,8 @@ def faulty(**changes):
     [
         (faulty(), Hints(), r"give --encoder-heads \(width 48\) and --decoder-heads \(width 32\)"),
         (faulty(), Hints(encoder_heads=3), r"give --decoder-heads \(width 32\); in Python decoder_heads="),
+        (faulty(), Hints(0, 4), "encoder: heads 0 must be a whole number, 1 or more"),
+        (faulty(), Hints(3, 0), "decoder: heads 0 must be a whole number, 1 or more"),
         (faulty(), Hints(5, 4), "encoder: width 48 is not divisible by heads 5"),
         (faulty(pos_embed=None), Hints(3, 4), "pos_embed is missing"),
         (faulty(pos_embed=np.zeros((1, 13, 48))), Hints(3, 4), "12 patches, which is no square: .*--source-image-size"),

@@ -307,7 +307,10 @@ def test_a_hugging_face_folder_in_its_other_forms(tmp_path, form):
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'; only the exact gelu"), (None, "config.json is not JSON")],
+    [
+        ({"hidden_act": "gelu_new"}, "hf/config.json says hidden_act 'gelu_new'; only the exact gelu"),
+        (None, "config.json is not JSON"),
+    ],
 )
 def test_a_configuration_that_is_not_ours_is_refused(tmp_path, changes, said):
     folder = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "hf", layout="huggingface")
@@ -361,8 +364,9 @@ def test_what_a_file_says_is_not_overruled(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("num_attention_heads", "3", "says encoder_heads '3', which is no int"),
-        ("mask_ratio", "0.75", "says mask_ratio '0.75', which is no number"),
+        ("num_attention_heads", "3", "hf/config.json says num_attention_heads '3', which is no int"),
+        ("decoder_num_attention_heads", 0, "hf/config.json says decoder_num_attention_heads 0, which is no number of"),
+        ("mask_ratio", "0.75", "hf/config.json says mask_ratio '0.75', which is no number"),
         ("image_size", [3, 32, 32], r"says image_size \[3, 32, 32\], which is not a side"),
     ],
 )

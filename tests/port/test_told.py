@@ -22,7 +22,10 @@ def test_authors_and_hugging_face_name_the_same_in_two_ways():
 @pytest.mark.parametrize(
     ("said", "sentence"),
     [
-        ({"num_attention_heads": "12"}, "says encoder_heads '12', which is no int"),
+        ({"num_attention_heads": "12"}, "says num_attention_heads '12', which is no int"),
+        ({"decoder_num_attention_heads": 0}, "says decoder_num_attention_heads 0, which is no number of heads, 1 or"),
+        ({"encoder_heads": True}, "says encoder_heads True, which is no number of heads"),
+        ({"input_size": "32"}, "says input_size '32', which is not a side"),
         ({"mask_ratio": "most"}, "says mask_ratio 'most', which is no"),
         ({"image_size": [32, 32, 3]}, r"says image_size \[32, 32, 3\], which is not a side"),
         ({"image_size": "32"}, "says image_size '32', which is not a side"),
