@@ -45,7 +45,8 @@ def load_torch(
       encoder_heads: Attention heads; known for the published widths.
       decoder_heads: The decoder's.
       image_size: Of the images to come; sin-cos positions are recomputed, learned ones resized. By default the file's.
-      source_image_size: What the file's positions were made for, where they are not those of a square.
+      source_image_size: What the file's positions were made for, where they are not those of a square. Neither this nor
+        heads are taken for a run of this project, which knows them.
       mask_ratio: By default what the file says, or 0.75.
       norm_pix_loss: By default what the file says, or False.
       dtype: Of the configuration; float64 makes the parameters float64, they are float32 otherwise.
@@ -90,6 +91,7 @@ def is_run(source: str | Path) -> bool:
 
 def _from_run(path: Path, hints: Hints) -> Weights:
     config, params, step = load_any(path)
+    _require_applicable(hints, config, path)
     if isinstance(config, FinetuneConfig):
         return _from_classifier(path, config, params, step)
     model = config.model
@@ -107,6 +109,21 @@ def _from_run(path: Path, hints: Hints) -> Weights:
         f"run at step {step}",
         notes=_averaged(config),
     )
+
+
+def _require_applicable(hints: Hints, config: RunConfig, path: Path) -> None:
+    """Refuse what is said of a run that knows it, or has no such thing."""
+    names = {"encoder_heads": "encoder_heads", "decoder_heads": "decoder_heads", "image_size": "source_image_size"}
+    why = "knows its own sizes"
+    if isinstance(config, FinetuneConfig):
+        names |= {"mask_ratio": "mask_ratio", "norm_pix_loss": "norm_pix_loss"}
+        why += ", and hides no patches"
+    said = {names[name]: value for name, value in vars(hints).items() if name in names and value is not None}
+    if said:
+        flags = " and ".join(f"--{name.replace('_', '-')} (given as {value})" for name, value in said.items())
+        raise StatedError(
+            f"{path} is a run of this project, which {why}: leave out {flags}; in Python {'=, '.join(said)}="
+        )
 
 
 def _averaged(config: RunConfig) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mae_jax
-from mae_jax.config import IMAGENET_MEAN, MODELS, ModelConfig
+from mae_jax.config import IMAGENET_MEAN, MODELS, FinetuneConfig, ModelConfig
 from mae_jax.errors import StatedError
 from mae_jax.models.positions import resize_positions
 from mae_jax.port.files import read_file, write_safetensors, write_torch
@@ -22,7 +22,7 @@ from mae_jax.port.keys import to_fair
 from mae_jax.port.layouts import LAYOUTS, to_layout, written
 from mae_jax.port.port import port
 from mae_jax.port.reading import read_weights
-from mae_jax.train.saved_params import load_params
+from mae_jax.train.saved_params import load_params, save_params
 
 from .conftest import CLASSIFIERS, ODD, TINY, draw_params
 
@@ -359,6 +359,26 @@ def test_what_a_file_says_is_not_overruled(tmp_path):
     file = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "f.pth", layout="fair")
     with pytest.raises(StatedError, match="says encoder_heads 3, and 4 is asked for"):
         mae_jax.load_torch(file, encoder_heads=4)
+
+
+def test_what_a_run_knows_is_not_taken_from_elsewhere(tmp_path):
+    run = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "run", layout="jax")
+    said = "run is a run of this project, which knows its own sizes: leave out --"
+    with pytest.raises(StatedError, match=rf"{said}encoder-heads \(given as 3\) and --source-image-size .* 99\); in P"):
+        mae_jax.load_torch(run, encoder_heads=3, source_image_size=99)
+    with pytest.raises(StatedError, match=rf"{said}decoder-heads \(given as 7\); in Python decoder_heads="):
+        port(str(run), tmp_path / "f.pth", "fair", hints=Hints(decoder_heads=7))
+    assert mae_jax.load_torch(run, mask_ratio=0.5, norm_pix_loss=False)[0].mask_ratio == 0.5
+
+
+@pytest.mark.parametrize("changes", [{"mask_ratio": 0.5}, {"norm_pix_loss": False}])
+def test_a_classifier_hides_nothing(tmp_path, changes):
+    config = CLASSIFIERS["mean"]
+    save_params(tmp_path / "run", FinetuneConfig(model=config.model, classes=7), draw_params(config))
+    assert mae_jax.load_torch(tmp_path / "run")[0] == config
+    (name,) = changes
+    with pytest.raises(StatedError, match=f"and hides no patches: leave out --{name.replace('_', '-')} .*{name}=$"):
+        mae_jax.load_torch(tmp_path / "run", **changes)
 
 
 @pytest.mark.parametrize(
