@@ -174,11 +174,19 @@ def _to_numpy(torch: Any, values: Any, path: Path, key: str) -> np.ndarray:
 
 
 def write_safetensors(path: Path, tensors: Tensors, arguments: Mapping[str, Any]) -> None:
-    """Write a safetensors file; `format` pt is what PyTorch's readers ask for."""
+    """Write a safetensors file; `format` pt is what PyTorch's readers ask for.
+
+    Raises:
+      OSError: the operating system refuses, as where the disk is full.
+    """
+    from safetensors import SafetensorError  # noqa: PLC0415  (as in reading)
     from safetensors.numpy import save_file  # noqa: PLC0415
 
     metadata = {"format": "pt", METADATA_KEY: json.dumps(dict(arguments))}
-    save_file({key: np.ascontiguousarray(values) for key, values in tensors.items()}, path, metadata)
+    try:
+        save_file({key: np.ascontiguousarray(values) for key, values in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def write_torch(path: Path, tensors: Tensors, arguments: Mapping[str, Any] | None) -> None:
