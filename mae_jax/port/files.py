@@ -44,6 +44,15 @@ METADATA_KEY = "mae_jax"  # under which a safetensors header carries what no ten
 _STATE_DICTS = ("model", "state_dict", "model_state_dict")
 
 
+# Dtypes that are read, as torch and as safetensors call them. No weight is an integer, but counts beside them are.
+_TORCH_DTYPES = frozenset(
+    ("float16", "bfloat16", "float32", "float64", "bool", "int8", "uint8", "int16", "int32", "int64")
+)
+_SAFETENSORS_DTYPES = frozenset(
+    ("F16", "BF16", "F32", "F64", "BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+)
+
+
 class Contents(NamedTuple):
     """A file's tensors, what it says beside them, and which other things it holds that are not carried over."""
 
@@ -56,7 +65,8 @@ def read_file(path: Path) -> Contents:
     """The tensors of a PyTorch or safetensors file, told apart by what they begin with.
 
     Raises:
-      StatedError: it is not there, empty, cut short, no checkpoint, or would run code.
+      StatedError: it is not there, empty, cut short, no checkpoint, would run code, or holds tensors of a kind that is
+        not read.
     """
     try:
         with path.open("rb") as stream:
@@ -77,7 +87,12 @@ def _read_safetensors(path: Path) -> Contents:
 
     try:
         with safe_open(path, framework="numpy") as stream:
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118  (not a mapping)
+            tensors = {}
+            for key in stream.keys():  # noqa: SIM118  (not a mapping)
+                dtype = stream.get_slice(key).get_dtype()
+                if dtype not in _SAFETENSORS_DTYPES:
+                    raise StatedError(_kind_refused(path, key, dtype))
+                tensors[key] = stream.get_tensor(key)
             metadata = stream.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise StatedError(f"{path} is damaged or cut short: {error}") from error
@@ -104,7 +119,11 @@ def _read_torch(path: Path, zipped: bool) -> Contents:
         raise StatedError(f"{path} holds {type(loaded).__name__}, not a dictionary of tensors")
     where = next((key for key in _STATE_DICTS if isinstance(loaded.get(key), Mapping)), None)
     state = loaded if where is None else loaded[where]
-    tensors = {str(key): _to_numpy(torch, values) for key, values in state.items() if isinstance(values, torch.Tensor)}
+    tensors = {
+        str(key): _to_numpy(torch, values, path, str(key))
+        for key, values in state.items()
+        if isinstance(values, torch.Tensor)
+    }
     if not tensors:
         raise StatedError(f"{path} holds no tensors (its keys: {', '.join(map(str, list(loaded)[:8])) or 'none'})")
     arguments = loaded.get("args")
@@ -136,19 +155,38 @@ def _names_code(path: Path) -> bool:
         return False
 
 
-def _to_numpy(torch: Any, values: Any) -> np.ndarray:
+def _kind_refused(path: Path, key: str, kind: str) -> str:
+    return f"{path} holds {key} as {kind}, which is not read here: save it as float32, dense, on the CPU"
+
+
+def _to_numpy(torch: Any, values: Any, path: Path, key: str) -> np.ndarray:
     values = values.detach()
+    for kind, read in (
+        (str(values.dtype), str(values.dtype).removeprefix("torch.") in _TORCH_DTYPES),
+        (str(values.layout), values.layout == torch.strided),
+        (f"a tensor of device {values.device}", values.device.type == "cpu"),
+    ):
+        if not read:
+            raise StatedError(_kind_refused(path, key, kind.removeprefix("torch.")))
     if values.dtype == torch.bfloat16:  # which NumPy does not know by itself
         return values.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return values.numpy()
 
 
 def write_safetensors(path: Path, tensors: Tensors, arguments: Mapping[str, Any]) -> None:
-    """Write a safetensors file; `format` pt is what PyTorch's readers ask for."""
+    """Write a safetensors file; `format` pt is what PyTorch's readers ask for.
+
+    Raises:
+      OSError: the operating system refuses, as where the disk is full.
+    """
+    from safetensors import SafetensorError  # noqa: PLC0415  (as in reading)
     from safetensors.numpy import save_file  # noqa: PLC0415
 
     metadata = {"format": "pt", METADATA_KEY: json.dumps(dict(arguments))}
-    save_file({key: np.ascontiguousarray(values) for key, values in tensors.items()}, path, metadata)
+    try:
+        save_file({key: np.ascontiguousarray(values) for key, values in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def write_torch(path: Path, tensors: Tensors, arguments: Mapping[str, Any] | None) -> None:

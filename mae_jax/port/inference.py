@@ -1,6 +1,7 @@
 """The configuration that a checkpoint's shapes imply; what no tensor tells comes from hints, or is asked for."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -75,7 +76,8 @@ def infer_config(tensors: Mapping[str, np.ndarray], hints: Hints, dtype: Dtype) 
         model = replace(model, positions=_positions(tensors, model))
         if "head.weight" not in tensors:
             return model
-        return ClassifierConfig(model, len(tensors["head.weight"]), "mean" if "fc_norm.weight" in tensors else "class")
+        classes = _shape(tensors, "head.weight", 2)[0]
+        return ClassifierConfig(model, classes, "mean" if "fc_norm.weight" in tensors else "class")
     except ValueError as error:
         raise StatedError(f"the shapes make no model: {error}") from error
 
@@ -86,6 +88,8 @@ def _shape(tensors: Mapping[str, np.ndarray], key: str, dimensions: int) -> tupl
     shape = tuple(tensors[key].shape)
     if len(shape) != dimensions:
         raise StatedError(f"{key} has shape {shape}, where {dimensions} dimensions are expected")
+    if 0 in shape:
+        raise StatedError(f"{key} has shape {shape}, which holds nothing: save the model anew")
     return shape
 
 
@@ -96,8 +100,8 @@ def _heads(widths: Mapping[str, int], hints: Hints) -> dict[str, int]:
       StatedError: neither is known; the flags to give them by are named.
     """
     known = {
-        "encoder": hints.encoder_heads or _ENCODER_HEADS.get(widths["encoder"]),
-        "decoder": hints.decoder_heads or _DECODER_HEADS.get(widths.get("decoder", 0)),
+        "encoder": _ENCODER_HEADS.get(widths["encoder"]) if hints.encoder_heads is None else hints.encoder_heads,
+        "decoder": _DECODER_HEADS.get(widths.get("decoder", 0)) if hints.decoder_heads is None else hints.decoder_heads,
     }
     unknown = [stack for stack in widths if known[stack] is None]
     if unknown:
@@ -111,8 +115,12 @@ def _heads(widths: Mapping[str, int], hints: Hints) -> dict[str, int]:
 
 def _stack(tensors: Mapping[str, np.ndarray], name: str, width: int, heads: int) -> TransformerConfig:
     key = "blocks" if name == "encoder" else "decoder_blocks"
-    # As deep as the highest number: a block that is missing is then named.
-    depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith(f"{key}.")), default=-1)
+    numbers = {int(found[1]) for name in tensors if (found := re.match(rf"{key}\.([0-9]{{1,18}})\.", name))}
+    # As deep as the highest number: a block that is missing is then named. Where most are, the first is named alone.
+    depth = 1 + max(numbers, default=-1)
+    if depth > 2 * len(numbers):
+        gap = next(number for number in range(depth) if number not in numbers)
+        raise StatedError(f"{key}.{gap} is missing, and {key}.{depth - 1} is there: number the blocks from 0 on")
     some = next((n for i in range(depth) if (n := f"{key}.{i}.mlp.fc1.weight") in tensors), f"{key}.0.mlp.fc1.weight")
     hidden = _shape(tensors, some, 2)[0]
     try:
@@ -153,7 +161,7 @@ def _positions(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> Positio
         except ValueError:  # a width that this kind does not allow
             continue
         if all(
-            tensors[key].shape[1:] == table.shape and is_table(tensors[key][0], table)
+            tensors[key].shape == (1, *table.shape) and is_table(tensors[key][0], table)
             for key, table in expected.items()
         ):
             return kind

@@ -45,7 +45,7 @@ def port(
     for note in (*weights.notes, *remarks(weights.config, to, part)):
         say(f"note: {note}")
     with beside(destination, force) as fresh:
-        write(weights, fresh, to=to, part=part, dtype=dtype)
+        write(weights, fresh, destination, to=to, part=part, dtype=dtype)
         if check:
             verdict = verify(weights, fresh, to, part, dtype)
             for line in verdict.lines():

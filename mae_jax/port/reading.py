@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from mae_jax.port.hub import download
 from mae_jax.port.inference import Hints, infer_config
 from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, from_fair
 from mae_jax.port.layouts import Layout, detect, from_layout, in_decoder
-from mae_jax.port.told import check_settings, hints_in, normalisation_in, read_json, said_in
+from mae_jax.port.told import CONFIG, check_settings, hints_in, normalisation_in, read_json, said_in
 from mae_jax.port.weights import Weights, default_normalisation, for_image_size
 from mae_jax.train.classification import BATCH_NORM_EPS, folded
 from mae_jax.train.saved_params import load_any
@@ -46,7 +45,8 @@ def load_torch(
       encoder_heads: Attention heads; known for the published widths.
       decoder_heads: The decoder's.
       image_size: Of the images to come; sin-cos positions are recomputed, learned ones resized. By default the file's.
-      source_image_size: What the file's positions were made for, where they are not those of a square.
+      source_image_size: What the file's positions were made for, where they are not those of a square. Neither this nor
+        heads are taken for a run of this project, which knows them.
       mask_ratio: By default what the file says, or 0.75.
       norm_pix_loss: By default what the file says, or False.
       dtype: Of the configuration; float64 makes the parameters float64, they are float32 otherwise.
@@ -91,6 +91,7 @@ def is_run(source: str | Path) -> bool:
 
 def _from_run(path: Path, hints: Hints) -> Weights:
     config, params, step = load_any(path)
+    _require_applicable(hints, config, path)
     if isinstance(config, FinetuneConfig):
         return _from_classifier(path, config, params, step)
     model = config.model
@@ -108,6 +109,21 @@ def _from_run(path: Path, hints: Hints) -> Weights:
         f"run at step {step}",
         notes=_averaged(config),
     )
+
+
+def _require_applicable(hints: Hints, config: RunConfig, path: Path) -> None:
+    """Refuse what is said of a run that knows it, or has no such thing."""
+    names = {"encoder_heads": "encoder_heads", "decoder_heads": "decoder_heads", "image_size": "source_image_size"}
+    why = "knows its own sizes"
+    if isinstance(config, FinetuneConfig):
+        names |= {"mask_ratio": "mask_ratio", "norm_pix_loss": "norm_pix_loss"}
+        why += ", and hides no patches"
+    said = {names[name]: value for name, value in vars(hints).items() if name in names and value is not None}
+    if said:
+        flags = " and ".join(f"--{name.replace('_', '-')} (given as {value})" for name, value in said.items())
+        raise StatedError(
+            f"{path} is a run of this project, which {why}: leave out {flags}; in Python {'=, '.join(said)}="
+        )
 
 
 def _averaged(config: RunConfig) -> tuple[str, ...]:
@@ -132,9 +148,12 @@ def _from_classifier(path: Path, config: FinetuneConfig, params: Params, step: i
 
 def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weights:
     if path.is_dir():
-        contents, beside = _read_folder(path)
+        folder, file = path, _weights_in(path)
+        beside = said_in(folder)
+        contents = _read_parts(file) if file.name == _INDEX else read_file(file)
     else:
-        contents, beside = read_file(path), said_in(path.parent) if path.name in _WEIGHT_FILES else {}
+        folder, file = path.parent, path
+        contents, beside = read_file(file), said_in(folder) if file.name in _WEIGHT_FILES else {}
     try:
         found = detect(contents.tensors)
     except StatedError as error:
@@ -145,13 +164,13 @@ def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weig
     layout, prefix = found
     notes = [f"left out: {', '.join(contents.left)}"] if contents.left else []
     tensors = _strip(contents.tensors, prefix, layout, notes)
-    told = hints_in(contents.arguments, path).over(hints_in(beside, path))
+    told = hints_in(contents.arguments, file).over(hints_in(beside, folder / CONFIG))
     for name in ("encoder_heads", "decoder_heads"):
         asked, said = getattr(hints, name), getattr(told, name)
         if None not in (asked, said) and asked != said:
             raise StatedError(f"{path} says {name} {said}, and {asked} is asked for: leave it out")
     given = hints.over(told).over(fallback)
-    check_settings(beside, path, notes)
+    check_settings(beside, folder / CONFIG, notes)
     if given.norm_pix_loss is None and any(in_decoder(key) for key in _named(tensors, layout)):
         notes.append(
             "the file does not say whether targets were normalised pixels; taken as plain (norm_pix_loss says)"
@@ -160,14 +179,16 @@ def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weig
         named = _unprobed(_named(tensors, layout), notes)
         config = infer_config(named, given, dtype)
         part: Part = "encoder" if isinstance(config, ModelConfig) and not any(map(in_decoder, named)) else "all"
-        fair = from_layout(named if layout.name == "fair" else tensors, layout, config, part)
+        used = named if layout.name == "fair" else tensors
+        fair = from_layout(used, layout, config, part)
+        _require_floating(used)
         params = from_fair(fair, config, part)
     except StatedError as error:
         raise StatedError(f"{path}: {error}") from error
     except ValueError as error:
         raise StatedError(f"{path} ({layout.name}{f', under {prefix}' if prefix else ''}): {error}") from error
     channels = encoder_config(config).in_channels
-    normalisation = normalisation_in(contents.arguments, beside, channels)
+    normalisation = normalisation_in(contents.arguments, file, beside, folder, channels)
     mean, std = normalisation or default_normalisation(channels)
     parameter_dtype = np.dtype(wide(dtype))
     return Weights(
@@ -222,9 +243,16 @@ def _named(tensors: Tensors, layout: Layout) -> Tensors:
 
 
 def _unprobed(tensors: Tensors, notes: list[str]) -> Tensors:
-    """A linear probe's head with the BatchNorm before it folded in: the same logits from one product."""
+    """A linear probe's head with the BatchNorm before it folded in: the same logits from one product.
+
+    Raises:
+      StatedError: a part of them is missing.
+    """
     if "head.0.running_mean" not in tensors or "head.1.weight" not in tensors:
         return tensors
+    missing = [key for key in ("head.0.running_var", "head.1.bias") if key not in tensors]
+    if missing:
+        raise StatedError(f"{' and '.join(missing)} missing, beside head.0.running_mean: save the whole head")
     scale = 1 / np.sqrt(tensors["head.0.running_var"].astype(np.float64) + BATCH_NORM_EPS)
     weight = tensors["head.1.weight"] * scale
     folded = {
@@ -235,17 +263,26 @@ def _unprobed(tensors: Tensors, notes: list[str]) -> Tensors:
     return {key: values for key, values in tensors.items() if not key.startswith("head.")} | folded
 
 
-def _read_folder(folder: Path) -> tuple[Contents, dict[str, Any]]:
-    """The weights in a folder, and what its config.json and preprocessor_config.json say."""
-    beside = said_in(folder)
-    for name in _WEIGHT_FILES:
-        if (folder / name).is_file():
-            return read_file(folder / name), beside
-    if (folder / _INDEX).is_file():
-        places = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(places, dict) or any(Path(str(name)).name != name for name in places.values()):
-            raise StatedError(f"{folder / _INDEX} names no files of this folder under weight_map")
-        parts = sorted(set(places.values()))
-        tensors = {key: values for name in parts for key, values in read_file(folder / name).tensors.items()}
-        return Contents(tensors, {}), beside
-    raise StatedError(f"{folder} holds no weights ({', '.join((*_WEIGHT_FILES, _INDEX))}) and is no run")
+def _require_floating(tensors: Tensors) -> None:
+    for key, values in tensors.items():
+        if not jax.numpy.issubdtype(values.dtype, np.floating):  # NumPy's does not know bfloat16
+            raise StatedError(f"{key} is {values.dtype}, where a weight is floating: save it as float32")
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file in a folder that holds its weights, or says which others do."""
+    names = (*_WEIGHT_FILES, _INDEX)
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise StatedError(f"{folder} holds no weights ({', '.join(names)}) and is no run")
+    return found
+
+
+def _read_parts(index: Path) -> Contents:
+    """The weights in the files that an index names."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or any(Path(str(name)).name != name for name in places.values()):
+        raise StatedError(f"{index} names no files of this folder under weight_map")
+    parts = sorted(set(places.values()))
+    tensors = {key: values for name in parts for key, values in read_file(index.parent / name).tensors.items()}
+    return Contents(tensors, {})

@@ -15,7 +15,7 @@ from mae_jax.models.mae import MaskedAutoencoder, Output
 from mae_jax.port import receivers
 from mae_jax.port.files import import_torch, read_file
 from mae_jax.port.formats import Format, file_in
-from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, to_fair
+from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, frozen_tables, to_fair
 from mae_jax.port.layouts import from_layout, hugging_face, written
 from mae_jax.port.receivers import NotInstalledError, Receiver
 from mae_jax.port.weights import Weights
@@ -110,7 +110,8 @@ def _read_back(weights: Weights, path: Path, config: Config, part: Part) -> tupl
         tensors = to_fair(weights.params, config, part)
     elif part == "encoder":
         tensors = {key: tensors[key] for key in to_fair(weights.params, config, part)}
-    return params, receivers.reference(config, part, tensors)
+    # Frozen tables are computed here, not carried over: a file of fewer bits has them rounded.
+    return params, receivers.reference(config, part, tensors | frozen_tables(config, part))
 
 
 def _read_as_fair(path: Path, to: Format, config: Config, part: Part) -> Tensors:

@@ -1,6 +1,7 @@
 """Writing: `Weights` to a file or folder in a library's own layout."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -68,25 +69,33 @@ def save_torch(
     destination = Path(destination)
     require_expressible(config, layout, part)
     with beside(destination, force) as fresh:
-        write(weights, fresh, to=layout, part=part, dtype=dtype)
+        write(weights, fresh, destination, to=layout, part=part, dtype=dtype)
     return destination
 
 
-def write(weights: Weights, path: Path, *, to: Format, part: Part, dtype: FileDtype = "float32") -> None:
+def write(
+    weights: Weights, path: Path, destination: Path, *, to: Format, part: Part, dtype: FileDtype = "float32"
+) -> None:
     """Write a model that the format can express to a path that is not there yet.
+
+    destination: where it is moved from there, which is named when it cannot be written.
 
     Raises:
       StatedError: the parameters do not fit the configuration, or the disk is full.
     """
+    size = 0
     try:
         if to == "jax":
-            _write_jax(weights, path, part)
+            params = weights.params if part == "all" else {"encoder": weights.params["encoder"]}
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+            _write_jax(weights, path, params)
             return
         try:
             tensors = _tensors(weights, to, part)
         except ValueError as error:
             raise StatedError(str(error)) from error
         tensors = {key: values.astype(_DTYPES[dtype]) for key, values in tensors.items()}
+        size = sum(values.nbytes for values in tensors.values())
         folder = is_folder(path, to)
         if folder:
             path.mkdir()
@@ -106,7 +115,19 @@ def write(weights: Weights, path: Path, *, to: Format, part: Part, dtype: FileDt
     except (OSError, RuntimeError) as error:  # torch and safetensors raise their own for a full disk
         if isinstance(error, StatedError):
             raise
-        raise StatedError(f"{path.name} cannot be written: {error}") from error
+        raise StatedError(f"{destination} cannot be written: {_fault(error, path.parent, size)}") from error
+
+
+def _fault(error: Exception, folder: Path, size: int) -> str:
+    """Why files of so many bytes could not be written: torch does not say that a disk is full."""
+    half = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # removed on the way out
+    free = shutil.disk_usage(folder).free + half
+    if free < size:
+        return (
+            f"it takes {size / 2**20:.1f} MiB, and its disk has room for {free / 2**20:.1f} MiB. "
+            "Make room, or choose a destination on another disk"
+        )
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _tensors(weights: Weights, to: Format, part: Part) -> Tensors:
@@ -189,9 +210,11 @@ def hugging_face_processor(weights: Weights) -> Mapping[str, Any]:
     }
 
 
-def _write_jax(weights: Weights, path: Path, part: Part) -> None:
+def _write_jax(weights: Weights, path: Path, params: Params) -> None:
     """A checkpoint of this project without optimizer state, which every command reads."""
     assert isinstance(weights.config, ModelConfig)  # no other is expressible
-    params = weights.params if part == "all" else {"encoder": weights.params["encoder"]}
     augment = AugmentConfig(mean=weights.mean, std=weights.std)
-    save_params(path, PretrainConfig(model=weights.config, augment=augment), params)
+    try:
+        save_params(path, PretrainConfig(model=weights.config, augment=augment), params)
+    except ValueError as error:  # Orbax's, for what the operating system refuses
+        raise OSError(str(error)) from error

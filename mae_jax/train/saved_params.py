@@ -28,7 +28,7 @@ def save_params(path: Path, config: RunConfig, params: Params) -> None:
     """Write parameters, of the whole model or of its encoder alone, as a checkpoint that `load_params` reads."""
     exported = Exported(jax.tree.map(jnp.asarray, params))
     record = {"config": config_to_dict(config), "fingerprint": fingerprint(exported)}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    with quiet_threads(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(exported), **{RECORD: ocp.args.JsonSave(record)})
         writer.save(path.absolute(), args=arguments)
 

@@ -1,6 +1,7 @@
 """Files: none runs code, a damaged one gets a sentence, and a destination holds a whole one or what it held."""
 
 import argparse
+import json
 import os
 import pickle
 import subprocess
@@ -79,6 +80,29 @@ def test_every_dtype_there_and_back(tmp_path, dtype, suffix):
     for key, values in tensors.items():
         assert contents.tensors[key].dtype == dtype
         np.testing.assert_array_equal(contents.tensors[key], values)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (torch.zeros(2, dtype=torch.float8_e4m3fn), "float8_e4m3fn"),
+        (torch.zeros(2, dtype=torch.complex64), "complex64"),
+        (torch.ones(2, 2).to_sparse(), "sparse_coo"),
+        (torch.zeros(2, device="meta"), "a tensor of device meta"),
+    ],
+)
+def test_a_tensor_that_is_no_plain_array_is_named(tmp_path, values, kind):
+    torch.save({"a": torch.ones(2), "odd": values}, tmp_path / "f.pth")
+    with pytest.raises(StatedError, match=rf"f.pth holds odd as {kind}, which is not read here"):
+        read_file(tmp_path / "f.pth")
+
+
+def test_safetensors_of_eight_bits_are_named(tmp_path):
+    header = {"odd": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "f.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0")
+    with pytest.raises(StatedError, match=r"f.safetensors holds odd as F8_E4M3, which is not read here"):
+        read_file(tmp_path / "f.safetensors")
 
 
 def cut(path):

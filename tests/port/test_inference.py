@@ -62,11 +62,21 @@ def faulty(**changes):
     [
         (faulty(), Hints(), r"give --encoder-heads \(width 48\) and --decoder-heads \(width 32\)"),
         (faulty(), Hints(encoder_heads=3), r"give --decoder-heads \(width 32\); in Python decoder_heads="),
+        (faulty(), Hints(0, 4), "encoder: heads 0 must be a whole number, 1 or more"),
+        (faulty(), Hints(3, 0), "decoder: heads 0 must be a whole number, 1 or more"),
         (faulty(), Hints(5, 4), "encoder: width 48 is not divisible by heads 5"),
         (faulty(pos_embed=None), Hints(3, 4), "pos_embed is missing"),
         (faulty(pos_embed=np.zeros((1, 13, 48))), Hints(3, 4), "12 patches, which is no square: .*--source-image-size"),
         (faulty(), Hints(3, 4, image_size=64), "image size 64 .* does not give the 16 patches"),
         (faulty(), Hints(3, 4, mask_ratio=0.99), "mask_ratio 0.99 keeps none"),
+        (
+            faulty(**{"blocks.300000000.norm1.weight": np.zeros(48)}),
+            Hints(3, 4),
+            r"^blocks\.2 is missing, and blocks\.300000000 is there",
+        ),
+        (faulty(**{"patch_embed.proj.weight": np.zeros((0, 3, 8, 8))}), Hints(3, 4), r"8, 8\), which holds nothing"),
+        (faulty(**{"decoder_embed.weight": np.zeros((0, 48))}), Hints(3, 4), r"shape \(0, 48\), which holds nothing"),
+        (faulty(**{"head.weight": np.float32(1)}), Hints(3, 4), r"head.weight has shape \(\), where 2 dimensions"),
         ({"patch_embed.proj.weight": np.zeros((3, 4))}, Hints(), r"shape \(3, 4\), where 4 dimensions are expected"),
     ],
 )
@@ -82,3 +92,15 @@ def test_hints_go_one_over_the_other():
 def test_a_stack_is_as_deep_as_it_is_numbered():
     config = replace(TINY, encoder=TransformerConfig(48, 11, 3))
     assert infer_config(to_fair(draw_params(config), config), Hints(3, 4), "float32").encoder.depth == 11
+
+
+@pytest.mark.parametrize("key", ["blocks.x.norm1.weight", "blocks.", "decoder_blocks.\u00b2.norm1.weight"])
+def test_a_block_without_a_number_says_nothing_of_the_depth(key):
+    """It is unknown to the model, and is named as such where the tensors are taken."""
+    said = Hints(3, 4, 32, TINY.mask_ratio, TINY.norm_pix_loss)
+    assert infer_config(faulty(**{key: np.zeros(48)}), said, "float32") == TINY
+
+
+def test_a_table_for_no_image_is_not_frozen():
+    empty = np.zeros((0, 17, 32), np.float32)
+    assert infer_config(faulty(decoder_pos_embed=empty), Hints(3, 4), "float32").positions == "learned"

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 import mae_jax
-from mae_jax.config import IMAGENET_MEAN, MODELS, ModelConfig
+from mae_jax.config import IMAGENET_MEAN, MODELS, FinetuneConfig, ModelConfig
 from mae_jax.errors import StatedError
 from mae_jax.models.positions import resize_positions
 from mae_jax.port.files import read_file, write_safetensors, write_torch
 from mae_jax.port.inference import Hints
 from mae_jax.port.keys import to_fair
-from mae_jax.port.layouts import LAYOUTS, to_layout
+from mae_jax.port.layouts import LAYOUTS, to_layout, written
 from mae_jax.port.port import port
 from mae_jax.port.reading import read_weights
-from mae_jax.train.saved_params import load_params
+from mae_jax.train.saved_params import load_params, save_params
 
 from .conftest import CLASSIFIERS, ODD, TINY, draw_params
 
@@ -112,6 +112,22 @@ def test_smaller_files_hold_the_rounded_values(tmp_path, dtype, suffix):
     assert file.stat().st_size < 0.7 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.parametrize("part", ["all", "encoder"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_smaller_files_come_in_with_exact_positions(tmp_path, dtype, part):
+    """Their tables are rounded; this project's are not, and what it computes is verified to float32's bound."""
+    file = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "f.pth", layout="fair", dtype=dtype)
+    said = []
+    port(str(file), tmp_path / "run", "jax", part=part, say=said.append)
+    assert [line.split()[-2:] for line in said if line.startswith(("latent", "pred"))] == [["5.0e-06", "ok"]] * (
+        2 if part == "all" else 1
+    )
+    found, params = reread(tmp_path / "run", "jax", TINY)
+    assert found == TINY
+    rounded = read_weights(file).params
+    assert same(params, rounded if part == "all" else {"encoder": rounded["encoder"]})
+
+
 def test_the_authors_checkpoint(tmp_path):
     """Read with nothing but its heads given, and written back to the same tensors."""
     config, params = mae_jax.load_torch(GOLDEN, encoder_heads=3, decoder_heads=4)
@@ -172,6 +188,27 @@ def test_a_linear_probe_is_one_product(tmp_path):
     x = torch.randn(5, 48, generator=generator)
     ours = x.numpy() @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
     np.testing.assert_allclose(ours, head(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["head.0.running_var", "head.1.bias"])
+def test_a_part_of_a_linear_probe_that_is_missing_is_named(tmp_path, key):
+    tensors = to_fair(draw_params(CLASSIFIERS["class"]), CLASSIFIERS["class"])
+    head = {"head.1.weight": tensors.pop("head.weight"), "head.1.bias": tensors.pop("head.bias")}
+    head |= {"head.0.running_mean": np.zeros(48, np.float32), "head.0.running_var": np.ones(48, np.float32)}
+    del head[key]
+    write_torch(tmp_path / "probe.pth", tensors | head, None)
+    with pytest.raises(StatedError, match=f"probe.pth: {key} missing, beside head.0.running_mean"):
+        read_weights(tmp_path / "probe.pth", Hints(3))
+
+
+@pytest.mark.parametrize(
+    ("layout", "key"), [("fair", "blocks.1.attn.qkv.weight"), ("huggingface", "decoder.decoder_pred.bias")]
+)
+def test_a_weight_of_integers_is_refused(tmp_path, layout, key):
+    tensors = to_layout(to_fair(draw_params(TINY), TINY), written(layout))
+    write_torch(tmp_path / "f.pth", tensors | {key: tensors[key].astype(np.int64)}, None)
+    with pytest.raises(StatedError, match=f"f.pth: {key} is int64, where a weight is floating"):
+        read_weights(tmp_path / "f.pth", Hints(3, 4))
 
 
 @pytest.mark.parametrize("positions", ["sincos2d", "learned"])
@@ -270,7 +307,10 @@ def test_a_hugging_face_folder_in_its_other_forms(tmp_path, form):
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'; only the exact gelu"), (None, "config.json is not JSON")],
+    [
+        ({"hidden_act": "gelu_new"}, "hf/config.json says hidden_act 'gelu_new'; only the exact gelu"),
+        (None, "config.json is not JSON"),
+    ],
 )
 def test_a_configuration_that_is_not_ours_is_refused(tmp_path, changes, said):
     folder = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "hf", layout="huggingface")
@@ -278,6 +318,15 @@ def test_a_configuration_that_is_not_ours_is_refused(tmp_path, changes, said):
     (folder / "config.json").write_text("{" if changes is None else json.dumps(held | changes))
     with pytest.raises(StatedError, match=said):
         mae_jax.load_torch(folder)
+
+
+def test_a_normalisation_that_divides_by_zero_is_refused(tmp_path):
+    folder = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "hf", layout="huggingface")
+    held = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(held | {"image_std": [0.5, 0, 0.5]}))
+    for source in (folder, folder / "model.safetensors"):
+        with pytest.raises(StatedError, match=r"hf/preprocessor_config.json says image_std \[0.5, 0, 0.5\]"):
+            read_weights(source)
 
 
 def test_another_epsilon_is_told(tmp_path):
@@ -312,11 +361,32 @@ def test_what_a_file_says_is_not_overruled(tmp_path):
         mae_jax.load_torch(file, encoder_heads=4)
 
 
+def test_what_a_run_knows_is_not_taken_from_elsewhere(tmp_path):
+    run = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "run", layout="jax")
+    said = "run is a run of this project, which knows its own sizes: leave out --"
+    with pytest.raises(StatedError, match=rf"{said}encoder-heads \(given as 3\) and --source-image-size .* 99\); in P"):
+        mae_jax.load_torch(run, encoder_heads=3, source_image_size=99)
+    with pytest.raises(StatedError, match=rf"{said}decoder-heads \(given as 7\); in Python decoder_heads="):
+        port(str(run), tmp_path / "f.pth", "fair", hints=Hints(decoder_heads=7))
+    assert mae_jax.load_torch(run, mask_ratio=0.5, norm_pix_loss=False)[0].mask_ratio == 0.5
+
+
+@pytest.mark.parametrize("changes", [{"mask_ratio": 0.5}, {"norm_pix_loss": False}])
+def test_a_classifier_hides_nothing(tmp_path, changes):
+    config = CLASSIFIERS["mean"]
+    save_params(tmp_path / "run", FinetuneConfig(model=config.model, classes=7), draw_params(config))
+    assert mae_jax.load_torch(tmp_path / "run")[0] == config
+    (name,) = changes
+    with pytest.raises(StatedError, match=f"and hides no patches: leave out --{name.replace('_', '-')} .*{name}=$"):
+        mae_jax.load_torch(tmp_path / "run", **changes)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("num_attention_heads", "3", "says encoder_heads '3', which is no int"),
-        ("mask_ratio", "0.75", "says mask_ratio '0.75', which is no number"),
+        ("num_attention_heads", "3", "hf/config.json says num_attention_heads '3', which is no int"),
+        ("decoder_num_attention_heads", 0, "hf/config.json says decoder_num_attention_heads 0, which is no number of"),
+        ("mask_ratio", "0.75", "hf/config.json says mask_ratio '0.75', which is no number"),
         ("image_size", [3, 32, 32], r"says image_size \[3, 32, 32\], which is not a side"),
     ],
 )
