@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -34,16 +34,32 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl, without a last line that a kill cut short.
 
     Raises:
-      StatedError: another line is no row.
+      StatedError: another line is no row, or the file cannot be read.
     """
     file, rows = workdir / METRICS_FILE, []
-    for number, line in enumerate(file.read_text().splitlines(keepends=True) if file.exists() else [], 1):
-        if line.endswith("\n"):
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StatedError(f"{file} cannot be read ({error.strerror}): mend or remove it") from error
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n"):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode())
+            except ValueError as error:
                 raise StatedError(f"{file}, line {number}, is not JSON ({error}): mend or remove it") from error
+            if not _is_row(row):
+                raise StatedError(
+                    f"{file}, line {number}, is not a step and its numbers ({line.decode().strip()[:80]}): "
+                    "mend or remove it"
+                )
+            rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and "step" in row and all(isinstance(value, int | float) for value in row.values())
 
 
 class SilentLog:

@@ -87,6 +87,27 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"5", r"is not a step and its numbers \(5\)"),
+        (b'{"loss": 1}', r"is not a step and its numbers \(\{"),
+        (b'{"step": 2, "loss": "low"}', r"is not a step and its numbers \(\{"),
+        (b"\xff\xfe", r"is not JSON \(.*can't decode"),
+    ],
+)
+def test_so_is_one_of_another_kind(tmp_path, line, said):
+    (tmp_path / METRICS_FILE).write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(StatedError, match=rf"metrics.jsonl, line 2, {said}.*: mend or remove it$"):
+        RunLog(tmp_path, 1, 3)
+
+
+def test_a_folder_in_the_place_of_the_rows_is_named(tmp_path):
+    (tmp_path / METRICS_FILE).mkdir()
+    with pytest.raises(StatedError, match=r"metrics.jsonl cannot be read \(Is a directory\): mend or remove it$"):
+        RunLog(tmp_path, 0, 3)
+
+
 def test_a_full_disk_is_said_in_a_sentence(tmp_path):
     """/dev/full takes nothing."""
     with RunLog(tmp_path, 0, 3) as log:
