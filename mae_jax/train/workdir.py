@@ -63,7 +63,7 @@ def read_config(path: Path) -> RunConfig:
     """The configuration in a file.
 
     Raises:
-      StatedError: there is no such file, or it does not hold one.
+      StatedError: there is no such file, or it cannot be read or does not hold one.
     """
     try:
         values = json.loads(path.read_text())
@@ -71,6 +71,8 @@ def read_config(path: Path) -> RunConfig:
         raise StatedError(f"{path.parent} is not a run: it has no {path.name}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StatedError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise StatedError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(values, dict):
         raise StatedError(f"{path} holds {type(values).__name__}, not a configuration")
     return config_from_dict(values, path)
@@ -108,7 +110,12 @@ def read_record(checkpoint: Path) -> Record:
         config, fingerprint = record["config"], record["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StatedError(f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}") from error
-    return Record(config_from_dict(config, checkpoint), fingerprint, record.get("examples"))
+    examples = record.get("examples")
+    kinds = {"config": (config, dict), "fingerprint": (fingerprint, dict), "examples": (examples, int | None)}
+    for name, (value, kind) in kinds.items():
+        if not isinstance(value, kind):
+            raise StatedError(f"checkpoint {checkpoint} cannot be read: its record has {name} {str(value)[:80]}")
+    return Record(config_from_dict(config, checkpoint), fingerprint, examples)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -133,9 +140,16 @@ def _started(workdir: Path) -> tuple[RunConfig | None, int | None]:
             records.append(read_record(folder))
             break
     examples = records[0].examples if records else None
-    if (workdir / CONFIG_FILE).exists():
-        return read_config(workdir / CONFIG_FILE), examples
-    return records[0].config if records else None, examples
+    file = workdir / CONFIG_FILE
+    if not file.exists():
+        return records[0].config if records else None, examples
+    try:
+        return read_config(file), examples
+    except StatedError as error:
+        advice = "Mend it, or choose another --workdir."
+        if records:
+            advice = "Remove it, and run the same command again: the checkpoints beside it hold the configuration too."
+        raise StatedError(f"{error}. {advice}") from error
 
 
 def claim(config: RunConfig, examples: int | None = None) -> Path:

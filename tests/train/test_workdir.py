@@ -128,6 +128,21 @@ def test_checkpoints_tell_what_a_run_was_started_with(tmp_path, tiny, begin):
     claim(config, 36)
 
 
+def test_a_damaged_file_may_go_where_checkpoints_hold_the_same(tmp_path, tiny, begin):
+    config, file = dataclasses.replace(tiny(), workdir=str(tmp_path)), tmp_path / CONFIG_FILE
+    claim(config)
+    file.write_text("{")
+    with pytest.raises(StatedError, match=r"config.json is not JSON: .*\. Mend it, or choose another --workdir\.$"):
+        claim(config)
+    with contextlib.closing(Checkpoints(tmp_path, config)) as checkpoints:
+        checkpoints.save(3, begin(config))
+    with pytest.raises(StatedError, match=r"config.json is not JSON: .*\. Remove it, and run the same command again"):
+        claim(config)
+    file.unlink()
+    claim(config)
+    assert read_config(file) == config
+
+
 def test_how_a_run_goes_may_change(tmp_path):
     other = {
         "engine": "fsdp", "devices": 4, "fsdp": 2, "coordinator": "a:1", "process_id": 0, "num_processes": 2,
@@ -174,6 +189,9 @@ def test_a_damaged_file_is_refused(tmp_path, text, said):
         read_config(tmp_path / CONFIG_FILE)
     with pytest.raises(StatedError, match="nowhere is not a run: it has no"):
         read_config(tmp_path / "nowhere" / CONFIG_FILE)
+    (tmp_path / "run" / CONFIG_FILE).mkdir(parents=True)
+    with pytest.raises(StatedError, match=r"config.json cannot be read: Is a directory"):
+        read_config(tmp_path / "run" / CONFIG_FILE)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
