@@ -94,20 +94,28 @@ class RunLog:
     """Writes rows and pictures of the steps after `start`; rows of later steps, from before a restart, are dropped.
 
     Raises:
-      StatedError: the rows that are there cannot be read, or there is no place for an event file.
+      StatedError: the rows that are there cannot be read or written anew, or there is no place for an event file.
     """
 
     def __init__(self, workdir: Path, start: int, stop: int) -> None:
         rows = [row for row in read_metrics(workdir) if row["step"] <= start]
+        file = workdir / METRICS_FILE
+        try:
+            write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+            self._file = file.open("a", buffering=1)
+        except OSError as error:
+            raise StatedError(
+                f"{file} cannot be written: {error.strerror}. Make room there, or make it writable, and run the same "
+                "command again."
+            ) from error
         try:
             self._events = Events(workdir / EVENTS, start)
         except OSError as error:
+            self._file.close()
             raise StatedError(
-                f"no event file can be made in {workdir / EVENTS}: {error.strerror}. Make that a folder that can be "
-                "written to, and run the same command again."
+                f"no event file can be made in {workdir / EVENTS}: {error.strerror}. Make room there, or make that "
+                "a folder that can be written to, and run the same command again."
             ) from error
-        write_atomically(workdir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = (workdir / METRICS_FILE).open("a", buffering=1)
         self._stop = stop
         self._began = time.monotonic(), start
         self._bar = None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -29,10 +30,21 @@ class Record(NamedTuple):
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; what is left of it where that raises OSError is removed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    os.replace(beside, path)
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a disk that cannot be written to
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder where it is missing; OSError where it cannot be written to, though not where the disk is full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)  # needs no room
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -183,11 +195,13 @@ def claim(config: RunConfig, examples: int | None = None) -> Path:
                 f"{config.workdir} was started with {rows}; this command says {news}. "
                 f"Continue with those, or choose another --workdir{remove}."
             )
+    text = json.dumps(config_to_dict(config), indent=2) + "\n"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(config_to_dict(config), indent=2) + "\n")
+        make_writable(workdir)
+        if not file.exists() or file.read_text() != text:  # a full disk does not hinder what need not be written
+            write_atomically(file, text)
     except OSError as error:
-        raise StatedError(
-            f"workdir {config.workdir} cannot be written to ({error.strerror}): choose another"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room, and run the same command again" if full else "choose another"
+        raise StatedError(f"workdir {config.workdir} cannot be written to ({error.strerror}): {advice}") from error
     return workdir

@@ -1,6 +1,8 @@
 """metrics.jsonl across restarts, and what is said on the way."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +133,18 @@ def test_a_file_in_the_place_of_the_events_is_named(tmp_path):
     (tmp_path / EVENTS).touch()
     with pytest.raises(StatedError, match=rf"no event file can be made in {tmp_path / EVENTS}: File exists"):
         RunLog(tmp_path, 0, 3)
+
+
+@pytest.mark.parametrize("taken", ["os.replace", "mae_jax.train.events.Events._write"])
+def test_a_log_that_cannot_begin_leaves_no_file_open(tmp_path, monkeypatch, taken):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    opened = sorted(Path("/proc/self/fd").iterdir())
+    monkeypatch.setattr(taken, full)
+    with pytest.raises(StatedError, match=r"(metrics.jsonl cannot|no event file can) be .*: No space left"):
+        RunLog(tmp_path, 0, 3)
+    assert sorted(Path("/proc/self/fd").iterdir()) == opened
 
 
 def test_other_hosts_write_nothing(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -200,17 +202,40 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
         claim(PretrainConfig(workdir=str(tmp_path / "file" / "run")))
 
 
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "words.txt"
     write_atomically(file, "before")
-
-    def full(*args):
-        raise OSError("no space")
-
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="No space left"):
         write_atomically(file, "after")
     assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_hinders_what_must_be_written_alone(tmp_path, monkeypatch):
+    config = PretrainConfig(workdir=str(tmp_path))
+    claim(config)
+    monkeypatch.setattr("os.replace", full)
+    claim(config)
+    with pytest.raises(StatedError, match=r"cannot be written to \(No space.*: make room, and run the same command"):
+        claim(changed(config, keep=9))
+    assert read_config(tmp_path / CONFIG_FILE) == config
+
+
+def test_a_run_on_a_read_only_disk_is_refused_where_nothing_would_be_written(tmp_path, monkeypatch):
+    config = PretrainConfig(workdir=str(tmp_path))
+    claim(config)
+
+    def read_only(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("os.utime", read_only)
+    with pytest.raises(StatedError, match=r"cannot be written to \(Read-only file system\): choose another$"):
+        claim(config)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
