@@ -187,13 +187,11 @@ def claim(config: RunConfig, examples: int | None = None) -> Path:
     if started is not None:
         differing = differences(started, config)
         if differing:
-            rows = ", ".join(f"{name} {old}" for name, old, _ in differing)
-            news = ", ".join(str(new) for _, _, new in differing)
+            rows = ", ".join(f"{name} {old}, not {new}" for name, old, new in differing)
             has_checkpoint = any((workdir / CHECKPOINTS).glob("*"))
             remove = "" if has_checkpoint else " or remove this one, which has no checkpoint yet"
             raise StatedError(
-                f"{config.workdir} was started with {rows}; this command says {news}. "
-                f"Continue with those, or choose another --workdir{remove}."
+                f"{config.workdir} was started with {rows}. Continue with those, or choose another --workdir{remove}."
             )
     text = json.dumps(config_to_dict(config), indent=2) + "\n"
     try:

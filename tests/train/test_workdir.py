@@ -108,8 +108,8 @@ def test_a_run_started_otherwise_is_refused_with_both_values(tmp_path):
         model=changed(config.model, encoder=changed(config.model.encoder, depth=6)),
     )
     said = (
-        r"started with model.encoder.depth 12, batch_size 64; this command says 6, 128\. Continue with those, "
-        r"or choose another --workdir or remove this one, which has no checkpoint yet\.$"
+        r"started with model.encoder.depth 12, not 6, batch_size 64, not 128\. Continue with those, or "
+        r"choose another --workdir or remove this one, which has no checkpoint yet\.$"
     )
     with pytest.raises(StatedError, match=said):
         claim(other)
@@ -123,7 +123,7 @@ def test_checkpoints_tell_what_a_run_was_started_with(tmp_path, tiny, begin):
     with contextlib.closing(Checkpoints(tmp_path, config, 36)) as checkpoints:
         checkpoints.save(3, begin(config))
     (tmp_path / CONFIG_FILE).unlink()
-    with pytest.raises(StatedError, match=r"started with seed 0; this command says 9\. .* another --workdir\.$"):
+    with pytest.raises(StatedError, match=r"started with seed 0, not 9\. .* another --workdir\.$"):
         claim(changed(config, seed=9), 36)
     with pytest.raises(StatedError, match="started on 36 images, and digits has 35 now"):
         claim(config, 35)
