@@ -112,7 +112,8 @@ def write_sheet(tiles: list[Image.Image], path: Path) -> None:
     except (OSError, ValueError) as error:
         with suppress(OSError):  # a disk that cannot be written to
             partial.unlink(missing_ok=True)
-        raise StatedError(f"the contact sheet {path} cannot be written: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise StatedError(f"the contact sheet {path} cannot be written: {reason}") from error
 
 
 @dataclass(frozen=True)
