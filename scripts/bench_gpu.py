@@ -22,6 +22,7 @@ from mae_jax.bench.script import ended, finish
 from mae_jax.bench.setting import bench_config
 from mae_jax.bench.table import HEAD, apart, caption, factor_line, lacks_memory, line, reason
 from mae_jax.errors import StatedError
+from mae_jax.train.workdir import write_atomically
 
 SCRIPTS = Path(__file__).resolve().parent
 LARGE_MODELS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
@@ -155,13 +156,27 @@ def recorded(record: Path) -> list[dict[str, Any]]:
       StatedError: the file is not what this command has written.
     """
     found = []
-    for number, text in enumerate(record.read_text().splitlines(keepends=True) if record.exists() else [], 1):
-        if text.endswith("\n"):
+    for number, text in enumerate(record.read_bytes().splitlines(keepends=True) if record.exists() else [], 1):
+        if text.endswith(b"\n"):
             try:
-                found.append(json.loads(text))
+                job = json.loads(text.decode())
+                if not _is_job(job):
+                    raise ValueError(f"{job} is no job")
+                found.append(job)
             except ValueError as error:
                 raise StatedError(f"{record}, line {number}, is damaged: delete it, or choose another --out") from error
     return found
+
+
+def _is_job(job: Any) -> bool:
+    """Whether it has all that `report` reads of every job."""
+    if not (isinstance(job, dict) and isinstance(job.get("job"), int) and isinstance(job.get("title"), str)):
+        return False
+    words, rows = job.get("words"), job.get("rows")
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        return False
+    told = isinstance(rows, list) and all(isinstance(row, dict) and {"side", "batch"} <= row.keys() for row in rows)
+    return any(word.startswith("--model=") for word in words) and (told or isinstance(job.get("text"), str))
 
 
 def main() -> int:
@@ -193,7 +208,7 @@ def main() -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = [job for job in recorded(record) if not (arguments.retry and failed(job))]
-        record.write_text("".join(json.dumps(job) + "\n" for job in found))
+        write_atomically(record, "".join(json.dumps(job) + "\n" for job in found))
     except OSError as error:
         raise StatedError(f"--out {out} cannot be written ({error.strerror}): choose another") from error
     wanted = jobs(

@@ -267,6 +267,7 @@ def test_a_preset_builds_and_has_a_work_directory_of_its_own(name):
         ),
         (lambda: ClassifierConfig(ModelConfig(class_token=False), 10, "class"), "pooling class needs a class token"),
         (lambda: ClassifierConfig(classes=0), "classes 0"),
+        (lambda: PretrainConfig(workdir=""), 'workdir "" is empty: name the folder'),
     ],
 )
 def test_nonsense_is_refused_by_name(build, said):

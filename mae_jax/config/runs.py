@@ -65,6 +65,8 @@ class RunConfig:
         if self.fsdp is not None and self.engine != "fsdp":
             raise ValueError(f"fsdp {self.fsdp} needs engine fsdp, not {self.engine}")
         self._check_hosts()
+        if not self.workdir:
+            raise ValueError('workdir "" is empty: name the folder of the run')
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers {self.workers} must not be negative")
         if len(self.augment.mean) != self.model.in_channels:

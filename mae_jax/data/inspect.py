@@ -1,7 +1,8 @@
 """`mae-jax inspect`: what a source holds, which files are broken, and a sheet of samples."""
 
+import os
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -104,13 +105,15 @@ def write_sheet(tiles: list[Image.Image], path: Path) -> None:
     sheet = Image.new("RGB", (_COLUMNS * _TILE, max(1, rows) * _TILE), "white")
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % _COLUMNS * _TILE, number // _COLUMNS * _TILE))
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         sheet.save(partial)
         partial.replace(path)
     except (OSError, ValueError) as error:
-        partial.unlink(missing_ok=True)
-        raise StatedError(f"the contact sheet {path} cannot be written: {error}") from error
+        with suppress(OSError):  # a disk that cannot be written to
+            partial.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise StatedError(f"the contact sheet {path} cannot be written: {reason}") from error
 
 
 @dataclass(frozen=True)

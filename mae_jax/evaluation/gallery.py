@@ -1,5 +1,6 @@
 """The picture that `mae-jax reconstruct` writes."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -58,6 +59,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         picture.save(beside)
         os.replace(beside, path)
     except (ValueError, OSError) as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that cannot be written to
+            beside.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise StatedError(f"out {path} cannot be written: {reason}") from error

@@ -5,6 +5,7 @@ Each records a fingerprint of every array, and a restored one must have the same
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 
 from mae_jax.config import RunConfig
 from mae_jax.errors import StatedError
@@ -79,6 +81,7 @@ class Checkpoints:
         self._said, self._hosts = {"config": config_to_dict(config), "examples": examples}, hosts
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(quiet_threads())
+        self._failed = False  # whether a checkpoint could not be written
         self._late_tasks = False  # whether reads that failed may still be reported
         policies = [checkpoint_managers.LatestN(1 if newest_only else config.keep)]
         if config.keep_every is not None and not newest_only:
@@ -193,6 +196,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # whatever a disk makes Orbax and its layers raise
+            self._failed = True
             self._give_up(error)
             release(error)
             raise StatedError(self._why(error)) from error
@@ -216,11 +220,16 @@ class Checkpoints:
         Raises:
           StatedError: it cannot be written.
         """
-        with self._quiet:
-            try:
-                with self._writing():
-                    self._manager.close()
-            finally:
-                del self._manager  # with what is left of a save that failed
+        try:
+            with self._quiet:
+                try:
+                    with self._writing():
+                        self._manager.close()
+                finally:
+                    del self._manager  # with what is left of a save that failed
+        finally:
+            if self._failed and self._hosts.count == 1:  # no write is under way: what takes up a full disk may go
+                for unfinished in self.folder.glob(f"*{TMP_DIR_SUFFIX}"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
         if self._late_tasks:
             silence_late_tasks()

@@ -27,9 +27,13 @@ class Events:
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self.path = folder / name
         self._writer = RecordWriter(self.path.open("xb"))
-        self._write(event_pb2.Event(file_version="brain.Event:2"))
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(event_pb2.Event(step=start + 1, session_log=session))
+        try:
+            self._write(event_pb2.Event(file_version="brain.Event:2"))
+            self._write(event_pb2.Event(step=start + 1, session_log=session))
+        except OSError:
+            self.close()
+            raise
 
     def scalar(self, name: str, step: int, value: float) -> None:
         """One number of a step."""

@@ -23,7 +23,7 @@ from mae_jax.train.metrics import read_metrics
 from mae_jax.train.objective import Params
 from mae_jax.train.run import Room, run
 from mae_jax.train.steps import TrainState, init_state
-from mae_jax.train.workdir import checkpoint_folders
+from mae_jax.train.workdir import checkpoint_folders, make_writable
 
 ALONE = Hosts()
 EVALUATED = "evaluated"  # beside what a run in the same folder has drawn
@@ -78,19 +78,25 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
     """Evaluate the weights of `config.init` as they are, and draw what they take for what into WORKDIR/evaluated.
 
     Raises:
-      StatedError: there are none, they have no head, or the data has other classes.
+      StatedError: there are none, they have no head, the data has other classes, or the folder cannot be written to.
     """
     if config.init is None:
         raise StatedError("init is not given: which weights are to be evaluated?")
     init = config.init
     config, _, val = open_data(config)
+    folder = Path(config.workdir) / EVALUATED
+    if hosts.first:
+        try:
+            make_writable(folder)
+        except OSError as error:
+            raise StatedError(
+                f"workdir {config.workdir} cannot be written to ({error.strerror}): choose another"
+            ) from error
     engine = build_engine(config, run_length(config, len(val)))
     say: Say = print if hosts.first else lambda text: None
     state = start_from(init, engine.begin(lambda: init_state(config)), config, say, whole=True)
     outcomes = judge(state.params, val, config, engine.rows, len(engine.devices), hosts)
     if hosts.first:
-        folder = Path(config.workdir) / EVALUATED
-        folder.mkdir(parents=True, exist_ok=True)
         write_mistakes(folder, outcomes, 0, val, config)
     return outcomes
 

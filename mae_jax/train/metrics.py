@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -34,16 +34,32 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl, without a last line that a kill cut short.
 
     Raises:
-      StatedError: another line is no row.
+      StatedError: another line is no row, or the file cannot be read.
     """
     file, rows = workdir / METRICS_FILE, []
-    for number, line in enumerate(file.read_text().splitlines(keepends=True) if file.exists() else [], 1):
-        if line.endswith("\n"):
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StatedError(f"{file} cannot be read ({error.strerror}): mend or remove it") from error
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n"):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode())
+            except ValueError as error:
                 raise StatedError(f"{file}, line {number}, is not JSON ({error}): mend or remove it") from error
+            if not _is_row(row):
+                raise StatedError(
+                    f"{file}, line {number}, is not a step and its numbers ({line.decode().strip()[:80]}): "
+                    "mend or remove it"
+                )
+            rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and "step" in row and all(isinstance(value, int | float) for value in row.values())
 
 
 class SilentLog:
@@ -78,20 +94,28 @@ class RunLog:
     """Writes rows and pictures of the steps after `start`; rows of later steps, from before a restart, are dropped.
 
     Raises:
-      StatedError: the rows that are there cannot be read, or there is no place for an event file.
+      StatedError: the rows that are there cannot be read or written anew, or there is no place for an event file.
     """
 
     def __init__(self, workdir: Path, start: int, stop: int) -> None:
         rows = [row for row in read_metrics(workdir) if row["step"] <= start]
+        file = workdir / METRICS_FILE
+        try:
+            write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+            self._file = file.open("a", buffering=1)
+        except OSError as error:
+            raise StatedError(
+                f"{file} cannot be written: {error.strerror}. Make room there, or make it writable, and run the same "
+                "command again."
+            ) from error
         try:
             self._events = Events(workdir / EVENTS, start)
         except OSError as error:
+            self._file.close()
             raise StatedError(
-                f"no event file can be made in {workdir / EVENTS}: {error.strerror}. Make that a folder that can be "
-                "written to, and run the same command again."
+                f"no event file can be made in {workdir / EVENTS}: {error.strerror}. Make room there, or make that "
+                "a folder that can be written to, and run the same command again."
             ) from error
-        write_atomically(workdir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = (workdir / METRICS_FILE).open("a", buffering=1)
         self._stop = stop
         self._began = time.monotonic(), start
         self._bar = None

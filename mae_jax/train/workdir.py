@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -29,10 +30,21 @@ class Record(NamedTuple):
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; what is left of it where that raises OSError is removed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    os.replace(beside, path)
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a disk that cannot be written to
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder where it is missing; OSError where it cannot be written to, though not where the disk is full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)  # needs no room
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -63,7 +75,7 @@ def read_config(path: Path) -> RunConfig:
     """The configuration in a file.
 
     Raises:
-      StatedError: there is no such file, or it does not hold one.
+      StatedError: there is no such file, or it cannot be read or does not hold one.
     """
     try:
         values = json.loads(path.read_text())
@@ -71,6 +83,8 @@ def read_config(path: Path) -> RunConfig:
         raise StatedError(f"{path.parent} is not a run: it has no {path.name}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StatedError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise StatedError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(values, dict):
         raise StatedError(f"{path} holds {type(values).__name__}, not a configuration")
     return config_from_dict(values, path)
@@ -108,7 +122,12 @@ def read_record(checkpoint: Path) -> Record:
         config, fingerprint = record["config"], record["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StatedError(f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}") from error
-    return Record(config_from_dict(config, checkpoint), fingerprint, record.get("examples"))
+    examples = record.get("examples")
+    kinds = {"config": (config, dict), "fingerprint": (fingerprint, dict), "examples": (examples, int | None)}
+    for name, (value, kind) in kinds.items():
+        if not isinstance(value, kind):
+            raise StatedError(f"checkpoint {checkpoint} cannot be read: its record has {name} {str(value)[:80]}")
+    return Record(config_from_dict(config, checkpoint), fingerprint, examples)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -133,9 +152,16 @@ def _started(workdir: Path) -> tuple[RunConfig | None, int | None]:
             records.append(read_record(folder))
             break
     examples = records[0].examples if records else None
-    if (workdir / CONFIG_FILE).exists():
-        return read_config(workdir / CONFIG_FILE), examples
-    return records[0].config if records else None, examples
+    file = workdir / CONFIG_FILE
+    if not file.exists():
+        return records[0].config if records else None, examples
+    try:
+        return read_config(file), examples
+    except StatedError as error:
+        advice = "Mend it, or choose another --workdir."
+        if records:
+            advice = "Remove it, and run the same command again: the checkpoints beside it hold the configuration too."
+        raise StatedError(f"{error}. {advice}") from error
 
 
 def claim(config: RunConfig, examples: int | None = None) -> Path:
@@ -161,19 +187,19 @@ def claim(config: RunConfig, examples: int | None = None) -> Path:
     if started is not None:
         differing = differences(started, config)
         if differing:
-            rows = ", ".join(f"{name} {old}" for name, old, _ in differing)
-            news = ", ".join(str(new) for _, _, new in differing)
+            rows = ", ".join(f"{name} {old}, not {new}" for name, old, new in differing)
             has_checkpoint = any((workdir / CHECKPOINTS).glob("*"))
             remove = "" if has_checkpoint else " or remove this one, which has no checkpoint yet"
             raise StatedError(
-                f"{config.workdir} was started with {rows}; this command says {news}. "
-                f"Continue with those, or choose another --workdir{remove}."
+                f"{config.workdir} was started with {rows}. Continue with those, or choose another --workdir{remove}."
             )
+    text = json.dumps(config_to_dict(config), indent=2) + "\n"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(config_to_dict(config), indent=2) + "\n")
+        make_writable(workdir)
+        if not file.exists() or file.read_text() != text:  # a full disk does not hinder what need not be written
+            write_atomically(file, text)
     except OSError as error:
-        raise StatedError(
-            f"workdir {config.workdir} cannot be written to ({error.strerror}): choose another"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room, and run the same command again" if full else "choose another"
+        raise StatedError(f"workdir {config.workdir} cannot be written to ({error.strerror}): {advice}") from error
     return workdir

@@ -1,7 +1,9 @@
 """Prepared records: written, read, interrupted, damaged."""
 
+import errno
 import io
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -253,6 +255,18 @@ def test_inspect_counts_measures_and_draws(make_folder: Make, tmp_path: Path) ->
     with pytest.raises(StatedError, match=r"sheet\.xyz cannot be written"):
         write_sheet(report.tiles, tmp_path / "sheet.xyz")
     assert [path.name for path in tmp_path.iterdir() if "sheet" in path.name] == ["sheet.png"]
+
+
+def test_a_sheet_on_a_read_only_disk_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, to remove what is not there fails too."""
+
+    def read_only(*args: object, **settings: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Image.Image, "save", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(StatedError, match=r"sheet\.png cannot be written: Read-only file system$"):
+        write_sheet([], tmp_path / "sheet.png")
 
 
 @pytest.mark.parametrize("changes", [{"size": 0}, {"quality": 101}, {"shard_images": 0}])

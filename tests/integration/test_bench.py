@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mae_jax.bench.table import lacks_memory
+from mae_jax.errors import StatedError
 from tests.processes import dies
 from tests.quick import quick
 
@@ -127,6 +128,20 @@ def test_a_damaged_record_is_named(tmp_path: Path, tmp_path_factory: pytest.Temp
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "rows.jsonl, line 1, is damaged" in done.stderr
     assert (tmp_path / "rows.jsonl").read_text() == "{\n"
+
+
+@pytest.mark.parametrize(
+    "line", [b"5", b"\xff\xfe", b'{"job": 0}', b'{"job": 0, "title": "x", "words": ["--model=digits"], "rows": [5]}']
+)
+def test_so_is_one_that_holds_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    bench_gpu = importlib.import_module("bench_gpu")
+    record, whole = tmp_path / "rows.jsonl", {"job": 0, "title": "x", "words": ["--model=digits"], "text": "y"}
+    record.write_text(json.dumps(whole) + "\n")
+    assert bench_gpu.recorded(record) == [whole]
+    record.write_bytes(line + b"\n")
+    with pytest.raises(StatedError, match=r"rows\.jsonl, line 1, is damaged: delete it, or choose another --out$"):
+        bench_gpu.recorded(record)
 
 
 def test_jobs_that_failed_are_told_and_run_again_on_request(

@@ -57,7 +57,7 @@ def test_same_command_continues_and_changes_nothing(run: Run, trained: Path) -> 
 def test_another_configuration_is_refused(run: Run, trained: Path) -> None:
     done = run("pretrain", "digits", *TINY, "--steps=12", "--model.encoder.depth=3", "--seed=5", f"--workdir={trained}")
     assert done.returncode == 1
-    assert "was started with model.encoder.depth 2, seed 0; this command says 3, 5." in done.stderr
+    assert "was started with model.encoder.depth 2, not 3, seed 0, not 5." in done.stderr
     assert "Traceback" not in done.stderr
 
 

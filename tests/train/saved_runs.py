@@ -1,5 +1,6 @@
 """Checkpoints whose contents are known, and ways to damage them."""
 
+import json
 import shutil
 
 import jax
@@ -54,6 +55,19 @@ def delete_record(folder):
     shutil.rmtree(folder / "record")
 
 
+def _record(folder, **values):
+    file = folder / "record" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def number_for_config(folder):
+    _record(folder, config=5)
+
+
+def number_for_fingerprint(folder):
+    _record(folder, fingerprint=3)
+
+
 def empty(folder):
     for file in folder.rglob("*"):
         if file.is_file():
@@ -66,4 +80,4 @@ def another_state(folder):
     shutil.copytree(folder.parent / "2" / "state", folder / "state")
 
 
-DAMAGE = [cut, delete, flip, delete_record, empty, another_state]
+DAMAGE = [cut, delete, flip, delete_record, number_for_config, number_for_fingerprint, empty, another_state]

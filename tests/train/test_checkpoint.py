@@ -1,6 +1,8 @@
 """A checkpoint comes back bit for bit, or is known to be broken."""
 
 import contextlib
+import errno
+import os
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,22 @@ def test_where_all_are_broken_nothing_is_lost(run):
         assert checkpoints.steps() == list(STEPS)
     assert len(said) == 3
     assert not (workdir / BROKEN).exists()
+
+
+def test_what_a_save_has_written_goes_where_it_fails(tmp_path, tiny, monkeypatch):
+    config = tiny()
+    with contextlib.closing(Checkpoints(tmp_path, config)) as checkpoints:
+        checkpoints.save(1, {"step": jnp.int32(1)})
+
+    def full(*args, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mae_jax.train.checkpoint._Write.result", full)
+    checkpoints = Checkpoints(tmp_path, config)
+    checkpoints.save(2, {"step": jnp.int32(2)})
+    with pytest.raises(StatedError, match=r"No space left on device\. Make room .* it continues from step 1\.$"):
+        checkpoints.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_state_of_another_shape_is_not_restored(run):

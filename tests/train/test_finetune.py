@@ -11,7 +11,7 @@ from mae_jax.evaluation.scores import judge
 from mae_jax.presets import FINETUNE
 from mae_jax.train.best import save_best
 from mae_jax.train.build import build_engine, run_length
-from mae_jax.train.finetune import Evaluations, finetune, open_data
+from mae_jax.train.finetune import Evaluations, evaluate, finetune, open_data
 from mae_jax.train.hosts import Hosts
 from mae_jax.train.metrics import read_metrics
 from mae_jax.train.saved_params import load_classifier
@@ -82,3 +82,10 @@ def test_best_of_a_later_life_is_dropped(config, tmp_path):
         save_best(tmp_path / "run", step, *load_classifier(tmp_path / "run" / "best")[:2], Hosts())
     finetune(config)
     assert all(int(path.name) <= 4 for path in (tmp_path / "run" / "best" / "checkpoints").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before_the_evaluation(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("mae_jax.train.finetune.build_engine", lambda *args: pytest.fail("work has begun"))
+    (tmp_path / "run").touch()
+    with pytest.raises(StatedError, match=rf"workdir {tmp_path}/run cannot be written to \(Not a directory\): choose"):
+        evaluate(dataclasses.replace(config, init="weights"))

@@ -1,6 +1,8 @@
 """metrics.jsonl across restarts, and what is said on the way."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,27 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"5", r"is not a step and its numbers \(5\)"),
+        (b'{"loss": 1}', r"is not a step and its numbers \(\{"),
+        (b'{"step": 2, "loss": "low"}', r"is not a step and its numbers \(\{"),
+        (b"\xff\xfe", r"is not JSON \(.*can't decode"),
+    ],
+)
+def test_so_is_one_of_another_kind(tmp_path, line, said):
+    (tmp_path / METRICS_FILE).write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(StatedError, match=rf"metrics.jsonl, line 2, {said}.*: mend or remove it$"):
+        RunLog(tmp_path, 1, 3)
+
+
+def test_a_folder_in_the_place_of_the_rows_is_named(tmp_path):
+    (tmp_path / METRICS_FILE).mkdir()
+    with pytest.raises(StatedError, match=r"metrics.jsonl cannot be read \(Is a directory\): mend or remove it$"):
+        RunLog(tmp_path, 0, 3)
+
+
 def test_a_full_disk_is_said_in_a_sentence(tmp_path):
     """/dev/full takes nothing."""
     with RunLog(tmp_path, 0, 3) as log:
@@ -110,6 +133,18 @@ def test_a_file_in_the_place_of_the_events_is_named(tmp_path):
     (tmp_path / EVENTS).touch()
     with pytest.raises(StatedError, match=rf"no event file can be made in {tmp_path / EVENTS}: File exists"):
         RunLog(tmp_path, 0, 3)
+
+
+@pytest.mark.parametrize("taken", ["os.replace", "mae_jax.train.events.Events._write"])
+def test_a_log_that_cannot_begin_leaves_no_file_open(tmp_path, monkeypatch, taken):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    opened = sorted(Path("/proc/self/fd").iterdir())
+    monkeypatch.setattr(taken, full)
+    with pytest.raises(StatedError, match=r"(metrics.jsonl cannot|no event file can) be .*: No space left"):
+        RunLog(tmp_path, 0, 3)
+    assert sorted(Path("/proc/self/fd").iterdir()) == opened
 
 
 def test_other_hosts_write_nothing(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -87,7 +89,7 @@ def test_any_configuration_comes_back(config):
 def test_a_difference_is_named_once_with_both_values(old, new):
     found = differences(old, new)
     assert (found == []) == (
-        dataclasses.replace(old, devices=None, workdir="") == dataclasses.replace(new, devices=None, workdir="")
+        dataclasses.replace(old, devices=None, workdir="x") == dataclasses.replace(new, devices=None, workdir="x")
     )
     assert len({name for name, _, _ in found}) == len(found)
     assert all(before != after for _, before, after in found)
@@ -106,8 +108,8 @@ def test_a_run_started_otherwise_is_refused_with_both_values(tmp_path):
         model=changed(config.model, encoder=changed(config.model.encoder, depth=6)),
     )
     said = (
-        r"started with model.encoder.depth 12, batch_size 64; this command says 6, 128\. Continue with those, "
-        r"or choose another --workdir or remove this one, which has no checkpoint yet\.$"
+        r"started with model.encoder.depth 12, not 6, batch_size 64, not 128\. Continue with those, or "
+        r"choose another --workdir or remove this one, which has no checkpoint yet\.$"
     )
     with pytest.raises(StatedError, match=said):
         claim(other)
@@ -121,11 +123,26 @@ def test_checkpoints_tell_what_a_run_was_started_with(tmp_path, tiny, begin):
     with contextlib.closing(Checkpoints(tmp_path, config, 36)) as checkpoints:
         checkpoints.save(3, begin(config))
     (tmp_path / CONFIG_FILE).unlink()
-    with pytest.raises(StatedError, match=r"started with seed 0; this command says 9\. .* another --workdir\.$"):
+    with pytest.raises(StatedError, match=r"started with seed 0, not 9\. .* another --workdir\.$"):
         claim(changed(config, seed=9), 36)
     with pytest.raises(StatedError, match="started on 36 images, and digits has 35 now"):
         claim(config, 35)
     claim(config, 36)
+
+
+def test_a_damaged_file_may_go_where_checkpoints_hold_the_same(tmp_path, tiny, begin):
+    config, file = dataclasses.replace(tiny(), workdir=str(tmp_path)), tmp_path / CONFIG_FILE
+    claim(config)
+    file.write_text("{")
+    with pytest.raises(StatedError, match=r"config.json is not JSON: .*\. Mend it, or choose another --workdir\.$"):
+        claim(config)
+    with contextlib.closing(Checkpoints(tmp_path, config)) as checkpoints:
+        checkpoints.save(3, begin(config))
+    with pytest.raises(StatedError, match=r"config.json is not JSON: .*\. Remove it, and run the same command again"):
+        claim(config)
+    file.unlink()
+    claim(config)
+    assert read_config(file) == config
 
 
 def test_how_a_run_goes_may_change(tmp_path):
@@ -174,6 +191,9 @@ def test_a_damaged_file_is_refused(tmp_path, text, said):
         read_config(tmp_path / CONFIG_FILE)
     with pytest.raises(StatedError, match="nowhere is not a run: it has no"):
         read_config(tmp_path / "nowhere" / CONFIG_FILE)
+    (tmp_path / "run" / CONFIG_FILE).mkdir(parents=True)
+    with pytest.raises(StatedError, match=r"config.json cannot be read: Is a directory"):
+        read_config(tmp_path / "run" / CONFIG_FILE)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
@@ -182,17 +202,40 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
         claim(PretrainConfig(workdir=str(tmp_path / "file" / "run")))
 
 
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "words.txt"
     write_atomically(file, "before")
-
-    def full(*args):
-        raise OSError("no space")
-
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="No space left"):
         write_atomically(file, "after")
     assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_hinders_what_must_be_written_alone(tmp_path, monkeypatch):
+    config = PretrainConfig(workdir=str(tmp_path))
+    claim(config)
+    monkeypatch.setattr("os.replace", full)
+    claim(config)
+    with pytest.raises(StatedError, match=r"cannot be written to \(No space.*: make room, and run the same command"):
+        claim(changed(config, keep=9))
+    assert read_config(tmp_path / CONFIG_FILE) == config
+
+
+def test_a_run_on_a_read_only_disk_is_refused_where_nothing_would_be_written(tmp_path, monkeypatch):
+    config = PretrainConfig(workdir=str(tmp_path))
+    claim(config)
+
+    def read_only(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("os.utime", read_only)
+    with pytest.raises(StatedError, match=r"cannot be written to \(Read-only file system\): choose another$"):
+        claim(config)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
