@@ -11,9 +11,9 @@ from typing import Any, Self
 import numpy as np
 from tqdm import tqdm
 
+from mae_jax.atomic import write_atomically
 from mae_jax.errors import StatedError
 from mae_jax.train.events import Events
-from mae_jax.train.workdir import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS = "tensorboard"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import dacite
 
+from mae_jax.atomic import write_atomically
 from mae_jax.config import OPERATIONAL, FinetuneConfig, PretrainConfig, RunConfig
 from mae_jax.errors import StatedError
 
@@ -27,18 +28,6 @@ class Record(NamedTuple):
     config: RunConfig
     fingerprint: dict[str, int]  # of each array
     examples: int | None  # how many the run's data had; None where there was no run
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all; what is left of it where that raises OSError is removed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text)
-        os.replace(beside, path)
-    except OSError:
-        with contextlib.suppress(OSError):  # a disk that cannot be written to
-            beside.unlink(missing_ok=True)
-        raise
 
 
 def make_writable(folder: Path) -> None:

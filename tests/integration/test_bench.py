@@ -18,9 +18,9 @@ from tests.quick import quick
 
 from .conftest import ROOT, Run, kept_programs
 
-# grain, tensorflow-datasets and tyro are absent from machines for benchmarks.
+# These are absent from machines for benchmarks.
 BARE = (
-    "import runpy, sys; sys.modules |= dict.fromkeys(['grain', 'tensorflow_datasets', 'tyro']); "
+    "import runpy, sys; sys.modules |= dict.fromkeys(['dacite', 'grain', 'tensorflow_datasets', 'tyro']); "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
@@ -66,6 +66,15 @@ def test_this_projects_side_needs_no_data_libraries(tmp_path_factory: pytest.Tem
     about, timed = map(json.loads, done.stdout.splitlines())
     assert about["version"].startswith("jax ")
     assert len(timed["seconds"]) == 2
+
+
+@pytest.mark.parametrize("name", ["bench_step.py", "bench_gpu.py", "profile_step.py"])
+def test_what_a_machine_for_benchmarks_runs_needs_none_either(name: str) -> None:
+    words = [sys.executable, "-c", BARE, f"scripts/{name}", "--help"]
+    beside = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}  # where a script finds its neighbours
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=beside)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--model" in done.stdout
 
 
 def test_the_setting_imports_no_framework() -> None:

@@ -23,7 +23,6 @@ from mae_jax.train.workdir import (
     find_checkpoint,
     read_config,
     read_record,
-    write_atomically,
 )
 
 
@@ -204,16 +203,6 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
 
 def full(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "words.txt"
-    write_atomically(file, "before")
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(file, "after")
-    assert file.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_full_disk_hinders_what_must_be_written_alone(tmp_path, monkeypatch):
