@@ -85,7 +85,7 @@ def test_prepare_killed_and_started_again(start: Start, run: Run, images: Path, 
         assert time.monotonic() < end
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     done = run("prepare", f"folder:{images}", folder, *arguments, "--workers=1")
     assert (done.returncode, done.stderr) == (0, "")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
@@ -134,7 +134,7 @@ def test_prepare_stopped_leaves_no_process_behind(images: Path, tmp_path: Path, 
         text=True,
         start_new_session=True,
     )
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     end = time.monotonic() + 10
     while group_runs(process.pid):
         assert time.monotonic() < end, "something still runs"

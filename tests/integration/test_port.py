@@ -154,7 +154,7 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path: Path, number: sig
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert not (folder / "out").exists()
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number
