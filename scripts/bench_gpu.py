@@ -146,7 +146,7 @@ def failed(job: dict[str, Any]) -> bool:
 
 def write_report(out: Path, known: dict[int, dict[str, Any]]) -> None:
     """Of the jobs that are done, in the order of the table."""
-    (out / "report.md").write_text(report([known[number] for number in sorted(known)]))
+    write_atomically(out / "report.md", report([known[number] for number in sorted(known)]))
 
 
 def recorded(record: Path) -> list[dict[str, Any]]:

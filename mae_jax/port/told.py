@@ -64,9 +64,8 @@ def hints_in(said: Mapping[str, Any], path: Path) -> Hints:
         return value
 
     name, size = first("image_size", "input_size")
-    if isinstance(size, list | tuple) and not (len(size) == 2 and all(isinstance(side, int) for side in size)):
-        raise StatedError(f"{path} says {name} {size!r}, which is not a side, nor height and width")
-    if not isinstance(size, list | tuple | int | None):
+    pair = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)
+    if not (pair or isinstance(size, int | None)):
         raise StatedError(f"{path} says {name} {size!r}, which is not a side, nor height and width")
     return Hints(
         encoder_heads=heads("encoder_heads", "num_attention_heads"),
