@@ -2,16 +2,47 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mae_jax.errors import StatedError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all; what is left of it where that raises OSError is removed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside the file, of the same ending, to write to; it takes the file's place if the `with` ends well.
+
+    What is left of it where it does not is removed.
+    """
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        beside.write_text(text)
+        yield beside
         os.replace(beside, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):  # a disk that cannot be written to
             beside.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write text; OSError where that is not possible."""
+    with whole(path) as beside:
+        beside.write_text(text)
+
+
+def save_picture(picture: "Image.Image", path: Path, name: str = "out") -> None:
+    """Write a picture; the file's ending says which kind.
+
+    Raises:
+      StatedError: the ending names no picture format, or the folder cannot be written to; `name` is the file's there.
+    """
+    try:
+        with whole(path) as beside:
+            picture.save(beside)
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise StatedError(f"{name} {path} cannot be written: {reason}") from error

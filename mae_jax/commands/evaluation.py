@@ -31,7 +31,8 @@ def reconstruct(
       samples: How many, where no files are given.
     """
     prepare_jax(precision(run))
-    from mae_jax.evaluation.gallery import reconstruction_sheet, save_picture
+    from mae_jax.atomic import save_picture
+    from mae_jax.evaluation.gallery import reconstruction_sheet
 
     save_picture(reconstruction_sheet(run, images, mask_ratio=mask_ratio, seed=seed, samples=samples), out)
     print(f"wrote {out}")

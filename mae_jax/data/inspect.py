@@ -1,8 +1,7 @@
 """`mae-jax inspect`: what a source holds, which files are broken, and a sheet of samples."""
 
-import os
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from mae_jax.atomic import save_picture
 from mae_jax.data.decoding import BrokenImage
 from mae_jax.data.parallel import ordered_map
 from mae_jax.data.records import RecordSource
@@ -105,15 +105,7 @@ def write_sheet(tiles: list[Image.Image], path: Path) -> None:
     sheet = Image.new("RGB", (_COLUMNS * _TILE, max(1, rows) * _TILE), "white")
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % _COLUMNS * _TILE, number // _COLUMNS * _TILE))
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        sheet.save(partial)
-        partial.replace(path)
-    except (OSError, ValueError) as error:
-        with suppress(OSError):  # a disk that cannot be written to
-            partial.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise StatedError(f"the contact sheet {path} cannot be written: {reason}") from error
+    save_picture(sheet, path, "the contact sheet")
 
 
 @dataclass(frozen=True)

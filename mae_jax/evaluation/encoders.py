@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from mae_jax.config import AugmentConfig, ClassifierConfig, ModelConfig, Pretrai
 from mae_jax.models.classifier import Classifier
 from mae_jax.port.inference import Hints
 from mae_jax.port.keys import Config, encoder_config
-from mae_jax.port.reading import is_run, read_weights
+from mae_jax.port.reading import is_run, read_weights, require_applicable
 from mae_jax.train.objective import Params
 from mae_jax.train.saved_params import load_params
 from mae_jax.train.steps import init_state
@@ -41,18 +42,21 @@ def load_pretrained(source: str, encoder_heads: int | None = None, say: Callable
     say: is told what was assumed, changed or left out in reading.
 
     Raises:
-      StatedError: it cannot be read, or nothing tells its attention heads and `encoder_heads` is not given.
+      StatedError: it cannot be read, nothing tells its attention heads and `encoder_heads` is not given, or it is a
+        run, which knows them, and they are given.
     """
     augment = data = None
+    hints = Hints(encoder_heads=encoder_heads)
     if is_run(source):
         checkpoint = find_checkpoint(source)
         kept = read_record(checkpoint).config
+        require_applicable(hints, kept, Path(source))
         if isinstance(kept, PretrainConfig):
             run, params, step = load_params(checkpoint)
             return Pretrained(str(checkpoint), run.model, params, run.augment, step, run, run.data)
         augment, data = kept.augment, kept.data
     # The decoder plays no part, whatever its heads are.
-    weights = read_weights(source, Hints(encoder_heads=encoder_heads), fallback=Hints(decoder_heads=1))
+    weights = read_weights(source, hints, fallback=Hints(decoder_heads=1))
     for note in weights.notes:
         say(f"note: {note}")
     return Pretrained(

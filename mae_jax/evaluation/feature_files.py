@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from mae_jax.atomic import whole
 from mae_jax.errors import StatedError
 
 # Two files hold the same features of different images where these agree.
@@ -45,22 +46,18 @@ def save_features(path: Path, found: FeatureFile) -> None:
       StatedError: it cannot be written.
     """
     check_writable(path)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        with beside.open("wb") as stream:
+        with whole(path) as beside:
             np.savez(
-                stream,
+                beside,
                 features=found.features,
                 labels=found.labels,
                 class_names=np.array(found.class_names, np.str_),
                 names=np.array(found.names, np.str_),
                 of=np.array(json.dumps(found.of)),
             )
-        os.replace(beside, path)
     except OSError as error:
         raise StatedError(f"out {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load_features(path: Path) -> FeatureFile:

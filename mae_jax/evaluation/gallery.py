@@ -1,8 +1,6 @@
 """The picture that `mae-jax reconstruct` writes."""
 
-import contextlib
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,20 +44,3 @@ def _samples(config: PretrainConfig, seed: int, count: int) -> np.ndarray:
         raise StatedError(f"samples {count} is not in 1 .. {len(source)}, the images of {config.data}")
     order = rng.host_generator(seed, "samples", 0).permutation(len(source))
     return load_samples(source, order.tolist(), count, config.model.image_hw, config.augment.evaluation_crop)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all.
-
-    Raises:
-      StatedError: the ending names no picture format, or the folder cannot be written to.
-    """
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        picture.save(beside)
-        os.replace(beside, path)
-    except (ValueError, OSError) as error:
-        with contextlib.suppress(OSError):  # a disk that cannot be written to
-            beside.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise StatedError(f"out {path} cannot be written: {reason}") from error

@@ -8,10 +8,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from mae_jax.atomic import save_picture
 from mae_jax.config import FinetuneConfig
 from mae_jax.data.evaluation import load_samples
 from mae_jax.data.sources import Source
-from mae_jax.evaluation.gallery import save_picture
 from mae_jax.evaluation.scores import Outcomes
 
 CONFUSION, WORST = "confusion.png", "worst.png"

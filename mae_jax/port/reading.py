@@ -91,7 +91,7 @@ def is_run(source: str | Path) -> bool:
 
 def _from_run(path: Path, hints: Hints) -> Weights:
     config, params, step = load_any(path)
-    _require_applicable(hints, config, path)
+    require_applicable(hints, config, path)
     if isinstance(config, FinetuneConfig):
         return _from_classifier(path, config, params, step)
     model = config.model
@@ -111,7 +111,7 @@ def _from_run(path: Path, hints: Hints) -> Weights:
     )
 
 
-def _require_applicable(hints: Hints, config: RunConfig, path: Path) -> None:
+def require_applicable(hints: Hints, config: RunConfig, path: Path) -> None:
     """Refuse what is said of a run that knows it, or has no such thing."""
     names = {"encoder_heads": "encoder_heads", "decoder_heads": "decoder_heads", "image_size": "source_image_size"}
     why = "knows its own sizes"

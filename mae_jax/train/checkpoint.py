@@ -21,7 +21,7 @@ from mae_jax.errors import StatedError
 from mae_jax.train.fingerprint import check_fingerprint, fingerprint
 from mae_jax.train.hosts import Hosts
 from mae_jax.train.quiet import quiet_threads, release, silence_late_tasks
-from mae_jax.train.workdir import CHECKPOINTS, RECORD, config_to_dict, read_record
+from mae_jax.train.workdir import CHECKPOINTS, RECORD, config_to_dict, read_record, unwritable
 
 Tree = TypeVar("Tree")
 
@@ -185,9 +185,12 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if self._hosts.first:
             aside = self.folder.parent / BROKEN
-            aside.mkdir(exist_ok=True)
-            for step in steps:
-                self.path(step).rename(aside / f"{step}-{len(list(aside.iterdir()))}")
+            try:
+                aside.mkdir(exist_ok=True)
+                for step in steps:
+                    self.path(step).rename(aside / f"{step}-{len(list(aside.iterdir()))}")
+            except OSError as error:
+                raise unwritable(str(aside.parent), error) from error
         self._hosts.gather(f"moved aside {steps}", "")
         self._manager.reload()
 

@@ -23,7 +23,7 @@ from mae_jax.train.metrics import read_metrics
 from mae_jax.train.objective import Params
 from mae_jax.train.run import Room, run
 from mae_jax.train.steps import TrainState, init_state
-from mae_jax.train.workdir import checkpoint_folders, make_writable
+from mae_jax.train.workdir import checkpoint_folders, make_writable, unwritable
 
 ALONE = Hosts()
 EVALUATED = "evaluated"  # beside what a run in the same folder has drawn
@@ -89,9 +89,7 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
         try:
             make_writable(folder)
         except OSError as error:
-            raise StatedError(
-                f"workdir {config.workdir} cannot be written to ({error.strerror}): choose another"
-            ) from error
+            raise unwritable(config.workdir, error) from error
     engine = build_engine(config, run_length(config, len(val)))
     say: Say = print if hosts.first else lambda text: None
     state = start_from(init, engine.begin(lambda: init_state(config)), config, say, whole=True)

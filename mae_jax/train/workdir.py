@@ -36,6 +36,13 @@ def make_writable(folder: Path) -> None:
     os.utime(folder)  # needs no room
 
 
+def unwritable(workdir: str, error: OSError) -> StatedError:
+    """What to tell the user whose work directory gave this error."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "make room, and run the same command again" if full else "choose another"
+    return StatedError(f"workdir {workdir} cannot be written to ({error.strerror}): {advice}")
+
+
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """A configuration as what JSON can hold, the way it comes back: tuples as lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -188,7 +195,5 @@ def claim(config: RunConfig, examples: int | None = None) -> Path:
         if not file.exists() or file.read_text() != text:  # a full disk does not hinder what need not be written
             write_atomically(file, text)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room, and run the same command again" if full else "choose another"
-        raise StatedError(f"workdir {config.workdir} cannot be written to ({error.strerror}): {advice}") from error
+        raise unwritable(config.workdir, error) from error
     return workdir

@@ -6,6 +6,7 @@ import pytest
 
 import mae_jax
 from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
+from mae_jax.errors import StatedError
 from mae_jax.evaluation.encoders import load_pretrained, untrained
 from mae_jax.evaluation.features import image_features
 from mae_jax.models.classifier import Classifier
@@ -30,3 +31,9 @@ def test_a_classifier(pooling, tmp_path):
         found = image_features(params, images, read.model, read.augment, pooling)
         logits = found @ params["head"]["kernel"] + params["head"]["bias"]
         np.testing.assert_allclose(logits, apply({"params": params}, pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_knows_its_heads(tmp_path):
+    mae_jax.save_torch(draw_params(MODEL), MODEL, tmp_path / "run", layout="jax")
+    with pytest.raises(StatedError, match=r"run is a run of this project, .* leave out --encoder-heads \(given as 3\)"):
+        load_pretrained(str(tmp_path / "run"), encoder_heads=3)

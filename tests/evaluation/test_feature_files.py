@@ -35,8 +35,8 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
     save_features(tmp_path / "x.npz", found())
     before = (tmp_path / "x.npz").read_bytes()
 
-    def full(stream, **arrays):
-        stream.write(b"half")
+    def full(path, **arrays):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)

@@ -2,6 +2,7 @@
 
 import warnings
 
+import jax
 import numpy as np
 import pytest
 
@@ -49,3 +50,9 @@ def _importable():
         import transformers
 
     _ = transformers.ViTMAEForPreTraining, timm, lightly.models.modules.MaskedVisionTransformerTIMM
+
+
+def same(ours, again):
+    """Whether two trees have the same values, to the bit; they must have the same structure."""
+    assert jax.tree.structure(ours) == jax.tree.structure(again)
+    return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (ours, again)), strict=True))

@@ -1,7 +1,8 @@
-"""What the operating system refuses to write gets a sentence that names the destination, whoever was writing."""
+"""What cannot be written, by the operating system's or the format's fault, gets a sentence; nothing is left of it."""
 
 import resource
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -40,3 +41,43 @@ def test_a_disk_without_room_is_said_to_be_so(tmp_path, monkeypatch, layout):
     said = r"it takes 0\.\d MiB, and its disk has room for 0\.0 MiB\. Make room, or choose a destination"
     with pytest.raises(StatedError, match=f"^{tmp_path / NAMES[layout]} cannot be written: {said}"):
         mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / NAMES[layout], layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("changes", "to", "part", "said"),
+    [
+        ({"positions": "sincos1d"}, "huggingface", "all", "positions sincos1d"),
+        ({"class_token": False}, "huggingface", "encoder", "class_token False"),
+        ({"class_token": False}, "fair", "all", "class_token False"),
+        ({"patch_size": (8, 4)}, "huggingface", "all", r"patch_size \(8, 4\) is not square"),
+        ({"image_size": (32, 48)}, "lightly", "all", r"image_size \(32, 48\) is not square"),
+        ({"encoder_mask_tokens": True}, "fair", "all", "encoder_mask_tokens True"),
+        *(
+            ({"pca_components": 5, "norm_pix_loss": False}, to, "all", "pca_components 5, and its decoder predicts")
+            for to in ("fair", "huggingface", "lightly", "lightly-deprecated")
+        ),
+    ],
+)
+def test_what_a_format_cannot_express_is_refused(tmp_path, changes, to, part, said):
+    config = replace(TINY, **changes)
+    with pytest.raises(StatedError, match=f"{to} cannot express this model: .*{said}"):
+        mae_jax.save_torch(draw_params(config), config, tmp_path / "there", layout=to, part=part)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "said"),
+    [
+        ("f.safetensors", "fair", "fair cannot be a .safetensors file"),
+        ("f.pth", "huggingface", "huggingface is a folder, not a .pth file"),
+    ],
+)
+def test_endings_say_what_a_file_is(tmp_path, name, to, said):
+    with pytest.raises(StatedError, match=said):
+        mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / name, layout=to)
+
+
+def test_parameters_of_another_model_are_listed(tmp_path):
+    with pytest.raises(StatedError, match="decoder/block_0/norm1/scale is missing"):
+        mae_jax.save_torch({"encoder": draw_params(TINY)["encoder"]}, TINY, tmp_path / "f.pth", layout="fair")
+    assert list(tmp_path.iterdir()) == []
