@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Format, lint, types and tests, with all that they need installed into .venv. Arguments go to pytest.
-# Two tests run at once; `-n 0` runs them in this process, one after another.
+# Three tests run at once, since some wait; `-n 0` runs them in this process, one after another.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh dev
@@ -9,4 +9,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff format --check .
 ruff check .
 mypy
-exec python -m pytest -n 2 "$@"
+exec python -m pytest -n 3 "$@"

@@ -11,6 +11,8 @@ import pytest
 
 from tests.quick import as_users_compile, quick
 
+from . import preloaded
+
 Start = Callable[..., subprocess.Popen[str]]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -72,12 +74,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def run(start: Start) -> Run:
-    """Run `mae-jax ARGS` to its end."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run `mae-jax ARGS` to its end, with the settings of `start`, in a process that need not import its libraries."""
+    kept = kept_programs(tmp_path_factory)
+    preloaded.start_server(quick(1) | kept)
+    folder = tmp_path_factory.mktemp("said")
 
     def call(*args: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
-        process = start(*args, devices=devices)
-        out, err = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        environment = os.environ | quick(devices) | kept | {"COLUMNS": "200"}
+        return preloaded.run([str(word) for word in args], environment, folder)
 
     return call

@@ -22,7 +22,7 @@ from .conftest import ROOT, TINY, Run, Start
 from .test_pretrain import rows
 from .test_resume import has_step, wait_for
 
-STEPS = 60
+STEPS = 40
 ARGUMENTS = ["pretrain", "digits", *TINY, f"--steps={STEPS}", "--save-every=5", "--optim.ema-decay=0.9"]
 Outcome = list[tuple[int, str, str]]
 # `mae-jax` that waits 10 seconds for a sign of another host.
@@ -86,7 +86,7 @@ def never_stopped(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_hosts_of_two_devices_compute_what_one_computes(start: Start, never_stopped: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     port = free_port()
-    common = [*ARGUMENTS, "--engine=fsdp", "--fsdp=2", "--reconstruct-every=30", f"--workdir={workdir}"]
+    common = [*ARGUMENTS, "--engine=fsdp", "--fsdp=2", "--reconstruct-every=20", f"--workdir={workdir}"]
     common += [f"--coordinator=127.0.0.1:{port}", "--num-processes=2"]
     done = finish([start(*common, f"--process-id={host}", devices=2) for host in (0, 1)])
     assert [code for code, _, _ in done] == [0, 0], done
