@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ["mae_jax.cli", "mae_jax.commands.training", "mae_jax.train.pretrain", "mae_jax.train.finetune"]
-MODULES += [
+MODULES = [
+    "mae_jax.cli",
+    "mae_jax.commands.training",
+    "mae_jax.train.pretrain",
+    "mae_jax.train.finetune",
     "mae_jax.evaluation.gallery",
     "mae_jax.evaluation.knn",
     "mae_jax.port.port",
