@@ -9,4 +9,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff format --check .
 ruff check .
 mypy
-exec python -m pytest -n 3 "$@"
+exec python -m pytest -n 3 --dist worksteal "$@"

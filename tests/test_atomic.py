@@ -2,10 +2,13 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from mae_jax.atomic import write_atomically
+from mae_jax.atomic import save_picture, write_atomically
+from mae_jax.errors import StatedError
 
 
 def test_what_was_there_stays_where_there_is_no_room(tmp_path, monkeypatch):
@@ -19,3 +22,21 @@ def test_what_was_there_stays_where_there_is_no_room(tmp_path, monkeypatch):
         write_atomically(file, "after")
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_read_only_disk_is_said_in_a_sentence(tmp_path, monkeypatch):
+    """There, to remove what is not there fails too."""
+
+    def read_only(*args, **settings):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Image.Image, "save", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(StatedError, match=r"out .*a\.png cannot be written: Read-only file system$"):
+        save_picture(Image.new("RGB", (4, 4)), tmp_path / "a.png")
+
+
+def test_an_ending_that_names_no_kind_of_picture_is_said(tmp_path):
+    with pytest.raises(StatedError, match=r"the sheet .*a\.nothing cannot be written: unknown file extension"):
+        save_picture(Image.new("RGB", (4, 4)), tmp_path / "a.nothing", "the sheet")
+    assert list(tmp_path.iterdir()) == []
