@@ -34,6 +34,23 @@ def write_atomically(path: Path, text: str) -> None:
         beside.write_text(text)
 
 
+def check_picture(path: Path, name: str = "out") -> None:
+    """Refuse, before any work, a picture that could not be written.
+
+    Raises:
+      StatedError: its ending names no picture format, it is a folder, or its own folder is not there or not writable.
+    """
+    from PIL import Image  # noqa: PLC0415 - machines for benchmarks have none
+
+    kinds = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    if path.suffix.lower() not in kinds:
+        raise StatedError(f"{name} {path} has no ending of a picture, such as .png")
+    if path.is_dir():
+        raise StatedError(f"{name} {path} is a folder: name a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise StatedError(f"{name} {path} cannot be written: {path.parent} is no folder that can be written to")
+
+
 def save_picture(picture: "Image.Image", path: Path, name: str = "out") -> None:
     """Write a picture; the file's ending says which kind.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mae_jax.atomic import save_picture, write_atomically
+from mae_jax.atomic import check_picture, save_picture, write_atomically
 from mae_jax.errors import StatedError
 
 
@@ -40,3 +40,16 @@ def test_an_ending_that_names_no_kind_of_picture_is_said(tmp_path):
     with pytest.raises(StatedError, match=r"the sheet .*a\.nothing cannot be written: unknown file extension"):
         save_picture(Image.new("RGB", (4, 4)), tmp_path / "a.nothing", "the sheet")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_could_not_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    check_picture(tmp_path / "a.JPG")
+    for path, said in (
+        (tmp_path / "a", "no ending of a picture"),
+        (tmp_path / "a.xyz", "no ending of a picture"),
+        (tmp_path / "folder.png", "is a folder: name a file"),
+        (tmp_path / "none" / "a.png", "none is no folder that can be written to"),
+    ):
+        with pytest.raises(StatedError, match=f"^sheet {path} .*{said}"):
+            check_picture(path, "sheet")

@@ -39,6 +39,9 @@ def prepare(
     from mae_jax.data.sources import open_source
     from mae_jax.data.workers import default_readers
 
+    if workers is not None and workers < 0:
+        print(f"mae-jax prepare: workers {workers} must not be negative", file=sys.stderr)
+        return 2
     images = open_source(source, channels, split)
     try:
         plan = Plan(source, split, len(images), encoding, size, quality, channels, shard_images)
@@ -76,10 +79,18 @@ def inspect(
       split: Of the source.
       workers: Processes; by default one a core.
     """
+    from mae_jax.atomic import check_picture
     from mae_jax.data.inspect import inspect_source, write_sheet
     from mae_jax.data.sources import open_source
     from mae_jax.data.workers import default_readers
 
+    if workers is not None and workers < 0:
+        print(f"mae-jax inspect: workers {workers} must not be negative", file=sys.stderr)
+        return 2
+    if samples < 0:
+        print(f"mae-jax inspect: samples {samples} must not be negative", file=sys.stderr)
+        return 2
+    check_picture(sheet, "sheet")
     images = open_source(data, channels, split)
     processes = default_readers(images.in_memory) if workers is None else workers
     with progress(len(images)) as tell:

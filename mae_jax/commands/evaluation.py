@@ -30,8 +30,10 @@ def reconstruct(
       seed: Of the masks, and of the choice of samples.
       samples: How many, where no files are given.
     """
+    from mae_jax.atomic import check_picture, save_picture
+
+    check_picture(out)
     prepare_jax(precision(run))
-    from mae_jax.atomic import save_picture
     from mae_jax.evaluation.gallery import reconstruction_sheet
 
     save_picture(reconstruction_sheet(run, images, mask_ratio=mask_ratio, seed=seed, samples=samples), out)

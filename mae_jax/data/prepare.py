@@ -19,7 +19,7 @@ from array_record.python import array_record_module
 
 from mae_jax.data.decoding import BrokenImage
 from mae_jax.data.jpeg import plain_jpeg_size
-from mae_jax.data.parallel import ordered_map
+from mae_jax.data.parallel import DeadWorkerError, ordered_map
 from mae_jax.data.pictures import to_array
 from mae_jax.data.records import INDEX, MANIFEST, NAMES, VERSION, Encoding, Manifest, Shard
 from mae_jax.data.sources import Source
@@ -87,10 +87,13 @@ def prepare(source: Source, plan: Plan, destination: str, processes: int, tell: 
         for end in [min((number + 1) * plan.shard_images, plan.images)]
         for start in range(number * plan.shard_images, end, _CHUNK)
     ]
-    with closing(ordered_map(_Convert(source, plan), chunks, processes)) as rows:
-        stream = (row for chunk in rows for row in chunk)
-        for number in todo:
-            _write_shard(storage, plan, number, islice(stream, _shard_images(plan, number)), tell)
+    try:
+        with closing(ordered_map(_Convert(source, plan), chunks, processes)) as rows:
+            stream = (row for chunk in rows for row in chunk)
+            for number in todo:
+                _write_shard(storage, plan, number, islice(stream, _shard_images(plan, number)), tell)
+    except DeadWorkerError as error:
+        raise StatedError(f"{error} The same command goes on where it stopped.") from error
     return _finish(storage, plan, source.class_names)
 
 

@@ -151,10 +151,14 @@ def test_prepare_stopped_leaves_no_process_behind(images: Path, tmp_path: Path, 
     [
         (["prepare", "folder:/nowhere/at/all", "DEST"], 1, "/nowhere/at/all"),
         (["prepare", "digits", "DEST", "--size=0"], 2, "size 0"),
+        (["prepare", "digits", "DEST", "--workers=-1"], 2, "workers -1 must not be negative"),
         (["prepare", "digits", "nosuch://bucket/x"], 1, "nosuch"),
         (["prepare", "tfds:imagenet2012", "DEST"], 1, "tfds build imagenet2012 --file_format=array_record"),
         (["inspect", "records:/nowhere"], 1, "/nowhere has no dataset.json"),
         (["inspect", "cloud"], 1, "tfds:NAME"),
+        (["inspect", "digits", "--samples=-5"], 2, "samples -5 must not be negative"),
+        (["inspect", "digits", "--sheet=sheet.xyz"], 1, "sheet sheet.xyz has no ending of a picture, such as .png"),
+        (["inspect", "digits", "--sheet=DEST/sheet.png"], 1, "dest is no folder that can be written to"),
         (["pretrain", "digits", "--repeats=3"], 2, "batch_size 64 is not divisible by repeats 3"),
         (["pretrain", "digits", "--canvas-size=9"], 2, "canvas_size 9 is for crops"),
     ],
@@ -163,7 +167,7 @@ def test_bad_input_gets_a_sentence(
     run: Run, arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    done = run(*[str(tmp_path / "dest") if word == "DEST" else word for word in arguments])
+    done = run(*[word.replace("DEST", str(tmp_path / "dest")) for word in arguments])
     assert done.returncode == code
     assert words in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
