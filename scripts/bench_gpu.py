@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_jax.atomic import write_atomically
-from mae_jax.bench.script import ended, finish
+from mae_jax.bench.script import ended, finish, hold
 from mae_jax.bench.setting import bench_config
 from mae_jax.bench.table import HEAD, apart, caption, factor_line, lacks_memory, line, reason
 from mae_jax.errors import StatedError
@@ -29,10 +29,12 @@ LARGE_MODELS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 KEEP = "keep compiled programs"  # among a job's words: it shares a cache with the others that have it
 FIRST, SECOND = "Compilation, first start", "Compilation, second start"
 
+# Kernels are launched one by one: the profiler sees a command buffer as one thing.
+NO_BUFFERS = "--xla_gpu_enable_command_buffer="
 # What XLA is tried with beside what it does by itself, where a kernel's choice or its launch may matter.
 FLAGS = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
-    "--xla_gpu_enable_command_buffer=",  # none
+    NO_BUFFERS,
     "--xla_gpu_autotune_level=0",
     "--xla_gpu_enable_triton_gemm=false",
 )
@@ -56,8 +58,10 @@ def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str, at
     # In jobs of their own, since four sides would need more memory than a card has.
     both = [("Attention", step(model, f"--batch={batch}", "--against=jax-cudnn")) for model in models]
     kept = [(title, step(largest, f"--batch={batch}", *alone, KEEP)) for title in (FIRST, SECOND)]
+    singly = [NO_BUFFERS] if device == "gpu" else []
     profiles = [
-        ("Profile", ["profile_step.py", f"--model={model}", f"--batch={batch}", *common[:2], *kind]) for model in models
+        ("Profile", ["profile_step.py", f"--model={model}", f"--batch={batch}", *common[:2], *kind, *singly])
+        for model in models
     ]
     tokens = [
         ("Mask tokens", step(model, f"--batch={batch // 4}", *alone, "--mask-tokens=both")) for model in models[1:]
@@ -71,26 +75,28 @@ def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str, at
     middle = models[len(models) // 2]
     tried = [("XLA flags", step(middle, f"--batch={batch}", *alone, *flag)) for flag in ([], *([f] for f in FLAGS))]
     fused = (dtype, device, attention) == ("bfloat16", "gpu", "xla")
-    return (
-        compared
-        + (both if fused else [])
-        + kept
-        + profiles
-        + tokens
-        + memory
-        + sweeps
-        + (tried if device == "gpu" else [])
-    )
+    if device == "cpu":  # whose memory is the machine's: the largest batch would take all of it
+        memory, tried = [], []
+    return compared + (both if fused else []) + kept + profiles + tokens + memory + sweeps + tried
 
 
-def has_gpu() -> bool:
-    """Whether JAX finds one, asked in a process that lets go of it."""
+def check_gpu() -> None:
+    """Ask JAX for a GPU, in a process that lets go of it.
+
+    Raises:
+      StatedError: it finds none.
+    """
     asked = [sys.executable, "-c", "import jax; jax.devices()"]
-    return subprocess.run(asked, capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cuda"}).returncode == 0
+    done = subprocess.run(asked, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cuda"})
+    if done.returncode:
+        why = reason(done.stderr, done.returncode)
+        raise StatedError(
+            f"JAX finds no GPU here that it can use ({why}): give --device cpu to try the table on the CPU"
+        )
 
 
-def run(number: int, job: Job, out: Path, minutes: float) -> dict[str, Any]:
-    """One job's rows, or its text; a row that says so where it took longer than `minutes`."""
+def run(number: int, job: Job, out: Path, minutes: float, lock: int | None = None) -> dict[str, Any]:
+    """One job's rows, or its text; a row that says so where it took longer than `minutes`. It holds `lock` too."""
     title, words = job
     cache = str((out / "compiled").resolve())
     keep, flags = KEEP in words, [word for word in words if word in FLAGS]
@@ -103,7 +109,7 @@ def run(number: int, job: Job, out: Path, minutes: float) -> dict[str, Any]:
     if title == FIRST:
         shutil.rmtree(cache, ignore_errors=True)  # what a start that was cut off has left
     began = time.monotonic()
-    done = finish(command, variables, minutes)
+    done = finish(command, variables, minutes, lock)
     print(f"{title}: {' '.join(words)}: {time.monotonic() - began:.0f} s", flush=True)
     told = {"job": number, "title": title, "words": words}
     if words[0] == "profile_step.py" and done.returncode == 0:
@@ -116,7 +122,7 @@ def run(number: int, job: Job, out: Path, minutes: float) -> dict[str, Any]:
 
 def report(found: list[dict[str, Any]]) -> str:
     """All that is known, as Markdown."""
-    parts = ["# The training step on a GPU\n"]
+    parts = ["# The training step\n"]
     for job in found:
         model = next(word.partition("=")[2] for word in job["words"] if word.startswith("--model="))
         words = " ".join(word for word in job["words"] if word not in (KEEP, *FLAGS))
@@ -160,23 +166,14 @@ def recorded(record: Path) -> list[dict[str, Any]]:
         if text.endswith(b"\n"):
             try:
                 job = json.loads(text.decode())
-                if not _is_job(job):
-                    raise ValueError(f"{job} is no job")
+                if not isinstance(job["job"], int):
+                    raise TypeError(f"job {job['job']} is no number")
+                report([job])
+                failed(job)
                 found.append(job)
-            except ValueError as error:
+            except Exception as error:  # whatever a report of something else raises
                 raise StatedError(f"{record}, line {number}, is damaged: delete it, or choose another --out") from error
     return found
-
-
-def _is_job(job: Any) -> bool:
-    """Whether it has all that `report` reads of every job."""
-    if not (isinstance(job, dict) and isinstance(job.get("job"), int) and isinstance(job.get("title"), str)):
-        return False
-    words, rows = job.get("words"), job.get("rows")
-    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
-        return False
-    told = isinstance(rows, list) and all(isinstance(row, dict) and {"side", "batch"} <= row.keys() for row in rows)
-    return any(word.startswith("--model=") for word in words) and (told or isinstance(job.get("text"), str))
 
 
 def main() -> int:
@@ -195,6 +192,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if (arguments.attention, arguments.dtype) == ("cudnn", "float32"):
         sys.exit("--attention cudnn needs --dtype bfloat16")
+    if (arguments.attention, arguments.device) == ("cudnn", "cpu"):
+        sys.exit("--attention cudnn needs an NVIDIA GPU, not --device cpu")
+    if len(set(arguments.models)) < len(arguments.models):
+        sys.exit(f"--models {' '.join(arguments.models)} would time one twice: name each once")
     if arguments.rounds < 1:
         sys.exit(f"--rounds {arguments.rounds} must be positive")
     if arguments.batch < 4:
@@ -203,32 +204,40 @@ def main() -> int:
         sys.exit(f"--minutes {arguments.minutes:g} and --job-minutes {arguments.job_minutes:g} must be positive")
     for model in arguments.models:
         bench_config(model, arguments.batch, arguments.dtype, attention=arguments.attention)
+    if arguments.device == "gpu":
+        check_gpu()
     began, out = time.monotonic(), arguments.out
     record = out / "rows.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = hold(out)
         found = [job for job in recorded(record) if not (arguments.retry and failed(job))]
         write_atomically(record, "".join(json.dumps(job) + "\n" for job in found))
+        write_report(out, {job["job"]: job for job in found})
     except OSError as error:
         raise StatedError(f"--out {out} cannot be written ({error.strerror}): choose another") from error
     wanted = jobs(
         arguments.models, arguments.batch, arguments.dtype, arguments.rounds, arguments.device, arguments.attention
     )
     known = {job["job"]: job for job in found}
-    if any(known[number]["words"] != job[1] for number, job in enumerate(wanted) if number in known):
+    if any(number not in range(len(wanted)) or known[number]["words"] != wanted[number][1] for number in known):
         sys.exit(f"{record} is of another command: choose another --out")
-    if arguments.device == "gpu" and not has_gpu():
-        sys.exit("JAX finds no GPU here that it can use: give --device cpu to try the table on the CPU")
     for number, job in enumerate(wanted):
         if number in known:
             continue
         if time.monotonic() - began > arguments.minutes * 60:
             break
-        known[number] = run(number, job, out, arguments.job_minutes)
-        with record.open("a") as file:
-            file.write(json.dumps(known[number]) + "\n")
-        write_report(out, known)
-    write_report(out, known)
+        known[number] = run(number, job, out, arguments.job_minutes, lock)
+        try:
+            with record.open("a") as file:
+                file.write(json.dumps(known[number]) + "\n")
+            write_report(out, known)
+        except OSError as error:
+            print(report([known[number]]), flush=True)
+            raise StatedError(
+                f"--out {out} cannot be written ({error.strerror}): the last job's rows are printed. Make room, and "
+                "run this again"
+            ) from error
     left = len(wanted) - len(known)
     print(f"{out / 'report.md'}: {len(known)} jobs done" + (f", {left} left: run this again" if left else ""))
     wrong = sum(map(failed, known.values()))

@@ -2,7 +2,8 @@
 
     python scripts/bench_side.py torch --model digits --batch 16      # then a number of steps on each line of input
 
-It answers each line with the seconds of those steps, as JSON; the first line that it prints is about itself.
+It answers each line with the seconds of those steps, as JSON; the first line that it prints, once it is warm, is about
+itself and its memory.
 """
 
 import argparse
@@ -39,8 +40,8 @@ def config_of(arguments: argparse.Namespace) -> PretrainConfig:
     )
 
 
-def jax_side(arguments: argparse.Namespace) -> tuple[ReadyStep, tuple[float, int, str]]:
-    """This project's step, as `mae-jax pretrain` runs it, and the device's matrix rate."""
+def jax_side(arguments: argparse.Namespace) -> ReadyStep:
+    """This project's step, as `mae-jax pretrain` runs it."""
     from mae_jax.train import cpu
 
     use(arguments.device)
@@ -50,12 +51,16 @@ def jax_side(arguments: argparse.Namespace) -> tuple[ReadyStep, tuple[float, int
 
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")
 
-    from mae_jax.bench.matrix import matrix_rate
     from mae_jax.bench.step import check_device, ready_step
 
     check_device(arguments.device)
-    rate = matrix_rate(arguments.dtype)
-    return ready_step(config), tuple(rate)
+    return ready_step(config)
+
+
+def _matrix_rate(dtype: str) -> tuple[float, int, str]:
+    from mae_jax.bench.matrix import matrix_rate
+
+    return tuple(matrix_rate(dtype))
 
 
 def torch_side(arguments: argparse.Namespace, compiled: bool) -> ReadyStep:
@@ -77,6 +82,8 @@ def torch_side(arguments: argparse.Namespace, compiled: bool) -> ReadyStep:
     mean, std = (
         torch.tensor(v, device=device, dtype=dtype).view(-1, 1, 1) for v in (config.augment.mean, config.augment.std)
     )
+    if device_kind == "gpu":
+        torch.set_float32_matmul_precision("high")  # factors in TF32, as JAX multiplies float32 by default
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=model_config.dtype == "bfloat16")
 
     def step() -> None:
@@ -104,11 +111,8 @@ def main() -> None:
     add_setting(parser)
     arguments = parser.parse_args()
     name = arguments.side
-    matrix = None
-    if name.startswith("jax"):
-        side, matrix = jax_side(arguments)
-    else:
-        side = torch_side(arguments, compiled=name == "torch-compile")
+    ours = name.startswith("jax")
+    side = jax_side(arguments) if ours else torch_side(arguments, compiled=name == "torch-compile")
     seconds = []
     for _ in range(1 + arguments.warmup):
         began = time.perf_counter()
@@ -116,15 +120,16 @@ def main() -> None:
         seconds.append(time.perf_counter() - began)
     # torch.compile works at the first step.
     compiling = max(0.0, seconds[0] - seconds[-1]) if name == "torch-compile" else side.compile_seconds
-    about = {"version": side.version, "device": side.device, "compile_seconds": compiling, "matrix": matrix}
-    print(json.dumps(about), flush=True)
+    about = {"version": side.version, "device": side.device, "compile_seconds": compiling}
+    about["peak_bytes"] = side.peak_bytes()  # before the large product, which is no part of a step
+    print(json.dumps(about | {"matrix": _matrix_rate(arguments.dtype) if ours else None}), flush=True)
     for count in sys.stdin:
         seconds = []
         for _ in range(int(count)):
             began = time.perf_counter()
             side.step()
             seconds.append(time.perf_counter() - began)
-        print(json.dumps({"seconds": seconds, "peak_bytes": side.peak_bytes()}), flush=True)
+        print(json.dumps(seconds), flush=True)
 
 
 if __name__ == "__main__":

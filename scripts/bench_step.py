@@ -8,7 +8,8 @@
 A round is a few steps of one side, then of the other; the order turns round each time, so that a machine whose speed
 drifts treats both alike. Reported are medians over all timed steps, and the median of the rounds' ratios. FLOP/s count
 the model's definition (mae_jax/models/flops.py), forward + backward as three times forward; their share is of a large
-matrix product that this project's side times before its first step.
+matrix product that this project's side times before the first round. In float32 on a GPU both sides multiply as JAX
+does by default, with factors in TF32 where the card has it.
 
 A side that fails, such as for want of memory, leaves a row that says why. Where the sides do not fit beside each other
 they are timed one after the other, and the table says so.
@@ -90,9 +91,8 @@ class Process:
 
     def __init__(self, name: str, words: list[str], alone: bool) -> None:
         self.name = name
-        self.about: dict[str, Any] = {}  # version, device, compile_seconds, matrix
+        self.about: dict[str, Any] = {}  # version, device, compile_seconds, peak_bytes, matrix
         self.rounds: list[list[float]] = []
-        self.peak_bytes = 0
         # JAX would take three quarters of a GPU's memory at once, and leave the others none.
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if alone else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
@@ -117,11 +117,9 @@ class Process:
             self._process.stdin.flush()
         except BrokenPipeError:  # what it said tells more
             pass
-        answer = self._read()
-        self.rounds.append(answer["seconds"])
-        self.peak_bytes = answer["peak_bytes"]
+        self.rounds.append(self._read())
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Any:
         answer = self._process.stdout.readline()
         if not answer:
             code = self._process.wait()
@@ -213,13 +211,14 @@ def row_of(side: Process, first: Process | None, config: PretrainConfig, model: 
     attention = {"jax": config.model.attention, "jax-cudnn": "cudnn"}.get(side.name)
     told = {"side": side.name, "model": model, "remat": config.model.remat, "attention": attention}
     told |= {"in_turn": in_turn, "ratio_first_over_this": ratio}
-    return told | about | figures(config, seconds, side.peak_bytes, side.about["compile_seconds"], rate)
+    return told | about | figures(config, seconds, side.about["peak_bytes"], side.about["compile_seconds"], rate)
 
 
 def largest_batch(config: PretrainConfig, arguments: argparse.Namespace) -> Figures:
     """The largest batch that this project's side can take, to a sixteenth: doubled, then halved in between.
 
-    The row of the largest that did, with the smallest that did not; the row of a failure where not even 8 images fit.
+    The row of the largest that did, with the smallest that did not; the row of a failure where not even 8 images fit,
+    or that is of something else than memory.
     """
     batch, good, bad, best = config.batch_size, 0, None, {}
     while bad is None or bad - good > max(8, good // 16):
@@ -227,7 +226,7 @@ def largest_batch(config: PretrainConfig, arguments: argparse.Namespace) -> Figu
         print(f"batch {batch}: {row.get('failed', 'fits')}", file=sys.stderr, flush=True)
         if "failed" not in row:
             good, best = batch, row
-        elif good == 0 and batch <= 8:
+        elif not lacks_memory(row["failed"]) or (good == 0 and batch <= 8):
             return row
         else:
             bad = batch

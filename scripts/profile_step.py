@@ -68,7 +68,9 @@ def main() -> None:
             milliseconds = (time.perf_counter() - began) / arguments.steps * 1e3
         trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
     places, spent, count = origins(ready.program()), collections.Counter(), collections.Counter()
-    for plane in trace.planes:
+    planes = list(trace.planes)
+    # A GPU's operations are told of twice: by itself, and by the thread of the host that launches them.
+    for plane in [plane for plane in planes if plane.name.startswith("/device:GPU")] or planes:
         for thread in plane.lines:
             for event in thread.events:
                 name = dict(event.stats).get("hlo_op")

@@ -1,6 +1,7 @@
 """How a benchmark ends, and what it leaves: no process that it started, no traceback, no lost table."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -39,10 +40,32 @@ def signals_wait() -> Iterator[None]:
         signal.raise_signal(came[0])
 
 
+def hold(folder: Path) -> int:
+    """Take a folder for this process and the jobs to which it hands what this returns, until all have ended.
+
+    A job outlives a command that is killed outright, and what runs beside it is not timed as it should be.
+
+    Raises:
+      StatedError: another command holds it, or a job that one has left.
+    """
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise StatedError(
+            f"{folder} is in use by another command, or by a job that one left when it was killed: end it first"
+        ) from error
+    return lock
+
+
 def finish(
-    command: list[str], variables: Mapping[str, str] | None = None, minutes: float | None = None
+    command: list[str],
+    variables: Mapping[str, str] | None = None,
+    minutes: float | None = None,
+    lock: int | None = None,
 ) -> "subprocess.CompletedProcess[str]":
-    """A command's end, within `minutes`; with it, or before, ends all that it has started."""
+    """A command's end, within `minutes`; with it, or before, ends all that it has started. It has a lock of `hold`."""
     job: subprocess.Popen[str] | None = None
     try:
         with signals_wait():
@@ -53,6 +76,7 @@ def finish(
                 text=True,
                 env=os.environ | dict(variables or {}),
                 start_new_session=True,
+                pass_fds=() if lock is None else (lock,),
             )
         out, said = job.communicate(timeout=None if minutes is None else minutes * 60)
         return subprocess.CompletedProcess(command, job.returncode, out, said)

@@ -120,9 +120,9 @@ def require_applicable(hints: Hints, config: RunConfig, path: Path) -> None:
         why += ", and hides no patches"
     said = {names[name]: value for name, value in vars(hints).items() if name in names and value is not None}
     if said:
-        flags = " and ".join(f"--{name.replace('_', '-')} (given as {value})" for name, value in said.items())
+        flags = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in said.items())
         raise StatedError(
-            f"{path} is a run of this project, which {why}: leave out {flags}; in Python {'=, '.join(said)}="
+            f"{path} is a run of this project, which {why}: leave out {flags} (in Python {', '.join(said)})"
         )
 
 

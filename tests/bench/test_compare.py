@@ -21,8 +21,8 @@ def bench_step(monkeypatch):
 
 def side(name, milliseconds):
     matrix = (1e12, 8192, "float32") if name == "jax" else None
-    about = {"version": name, "device": "x", "compile_seconds": 0.0, "matrix": matrix}
-    return SimpleNamespace(name=name, about=about, rounds=[[milliseconds / 1e3] * 3] * 2, peak_bytes=1 << 20)
+    about = {"version": name, "device": "x", "compile_seconds": 0.0, "matrix": matrix, "peak_bytes": 1 << 20}
+    return SimpleNamespace(name=name, about=about, rounds=[[milliseconds / 1e3] * 3] * 2)
 
 
 def rows(bench_step, monkeypatch, fits):
@@ -86,3 +86,17 @@ def test_the_largest_batch_is_found_to_a_sixteenth(bench_step, monkeypatch, star
 def test_not_even_eight_images_fit(bench_step, monkeypatch):
     monkeypatch.setattr(bench_step, "timed", lambda names, config, arguments: ([], FAILED | {"side": "jax"}))
     assert bench_step.largest_batch(CONFIG, Namespace(model="digits")) == FAILED | {"side": "jax"}
+
+
+def test_the_largest_batch_is_bounded_by_memory_alone(bench_step, monkeypatch, capsys):
+    def compare(names, config, arguments):
+        why = "out of memory" if config.batch_size > 100 else ""
+        if config.batch_size > limit:
+            why = "an illegal address"
+        return [{"side": "jax", "batch": config.batch_size} | ({"failed": why} if why else {})]
+
+    monkeypatch.setattr(bench_step, "compare", compare)
+    limit = 1000
+    assert bench_step.largest_batch(CONFIG, None) == {"side": "jax", "batch": 96, "largest_batch_below": 104}
+    limit = 50
+    assert bench_step.largest_batch(CONFIG, None)["failed"] == "an illegal address"

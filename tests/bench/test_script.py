@@ -1,12 +1,15 @@
 """What a benchmark starts ends with it."""
 
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mae_jax.bench.script import finish, signals_wait
+from mae_jax.bench.script import finish, hold, signals_wait
+from mae_jax.errors import StatedError
 from mae_jax.interruption import end_by_exception
 from tests.processes import dies
 
@@ -48,3 +51,24 @@ def test_with_a_job_ends_all_that_it_started(what: str, tmp_path: Path) -> None:
     done = finish([sys.executable, "-c", PARENT, str(told), what], {}, 0.1)
     assert done.returncode == (1 if what == "stays" else 0)
     assert dies(int(told.read_text()))
+
+
+def test_a_folder_is_held_until_the_last_job_has_ended(tmp_path: Path) -> None:
+    """Also by one that was left when the command was killed."""
+    lock = hold(tmp_path)
+    with pytest.raises(StatedError, match=f"^{tmp_path} is in use by another command, or by a job that one left"):
+        hold(tmp_path)
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], pass_fds=(lock,))
+    os.close(lock)
+    with pytest.raises(StatedError, match="is in use"):
+        hold(tmp_path)
+    left.kill()
+    left.wait()
+    os.close(hold(tmp_path))
+
+
+def test_a_job_is_given_the_lock(tmp_path: Path) -> None:
+    lock = hold(tmp_path)
+    has = f"import os; print(os.path.samefile('/proc/self/fd/{lock}', {str(tmp_path / 'lock')!r}))"
+    assert finish([sys.executable, "-c", has], lock=lock).stdout == "True\n"
+    os.close(lock)

@@ -65,7 +65,7 @@ def test_this_projects_side_needs_no_data_libraries(tmp_path_factory: pytest.Tem
     assert done.returncode == 0, done.stderr
     about, timed = map(json.loads, done.stdout.splitlines())
     assert about["version"].startswith("jax ")
-    assert len(timed["seconds"]) == 2
+    assert len(timed) == 2
 
 
 @pytest.mark.parametrize("name", ["bench_step.py", "bench_gpu.py", "profile_step.py"])
@@ -119,15 +119,15 @@ def test_a_profile_names_operations_and_where_they_come_from(tmp_path_factory: p
 def test_the_gpu_table_goes_on_where_it_was_cut(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     words = [f"--out={tmp_path}", "--models", "digits", "--batch=8", "--rounds=1", "--dtype=float32", "--device=cpu"]
     whole = script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0")
-    assert "0 jobs done, 7 left" in whole.stdout, whole.stderr
+    assert "0 jobs done, 5 left" in whole.stdout, whole.stderr
     compared = ["bench_step.py", "--model=digits", "--dtype=float32", "--device=cpu", "--json", "--rounds=1"]
     compared += ["--batch=8", "--against=torch,torch-compile"]
     row = {"side": "jax", "batch": 8, "failed": "out of memory"}
     done = json.dumps({"job": 0, "title": "Beside PyTorch", "words": compared, "rows": [row]})
     (tmp_path / "rows.jsonl").write_text(f'{done}\n{{"job": 1, "ti')
-    assert "1 jobs done, 6 left" in script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0").stdout
+    assert "1 jobs done, 4 left" in script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0").stdout
     assert "out of memory" in (tmp_path / "report.md").read_text()
-    other = script(tmp_path_factory, "bench_gpu.py", *words[:-1], "--device=gpu", "--minutes=0")
+    other = script(tmp_path_factory, "bench_gpu.py", *words, "--batch=16", "--minutes=0")
     assert (other.returncode, "is of another command" in other.stderr) == (1, True)
 
 
@@ -140,7 +140,16 @@ def test_a_damaged_record_is_named(tmp_path: Path, tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.parametrize(
-    "line", [b"5", b"\xff\xfe", b'{"job": 0}', b'{"job": 0, "title": "x", "words": ["--model=digits"], "rows": [5]}']
+    "line",
+    [
+        b"5",
+        b"\xff\xfe",
+        b'{"job": 0}',
+        b'{"job": "0", "title": "x", "words": ["--model=digits"], "text": "y"}',
+        b'{"job": 0, "title": "x", "words": ["--model=digits"], "rows": [5]}',
+        b'{"job": 0, "title": "x", "words": ["--model=digits"], "rows": [{"side": 1, "batch": 2, "failed": 3}]}',
+        b'{"job": 0, "title": "x", "words": ["--model=digits"], "rows": [{"side": "jax", "batch": 2}]}',
+    ],
 )
 def test_so_is_one_that_holds_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts")
@@ -163,7 +172,7 @@ def test_jobs_that_failed_are_told_and_run_again_on_request(
     (tmp_path / "rows.jsonl").write_text(json.dumps({"job": 0, "title": "x", "words": compared, "rows": [row]}) + "\n")
     told = script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0")
     assert (told.returncode, told.stderr) == (1, "1 failed: run this again with --retry\n")
-    assert "0 jobs done, 7 left" in script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0", "--retry").stdout
+    assert "0 jobs done, 5 left" in script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0", "--retry").stdout
 
 
 def test_a_first_start_is_cold_and_no_job_takes_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,10 +226,15 @@ def test_a_benchmark_that_is_stopped_leaves_no_side_behind(
             "attention cudnn needs an NVIDIA GPU, the device here is cpu",
         ),
         (["bench_gpu.py", "--dtype=float32", "--attention=cudnn"], "--attention cudnn needs --dtype bfloat16"),
+        (["bench_gpu.py", "--device=cpu", "--attention=cudnn"], "needs an NVIDIA GPU, not --device cpu"),
+        (["bench_gpu.py", "--models", "digits", "digits"], "--models digits digits would time one twice"),
         (["bench_step.py", "--against=torch,torch"], "would time torch twice"),
         (["bench_step.py", "--against=jax"], "would time jax twice"),
         (["bench_gpu.py", "--job-minutes=0"], "--minutes 1e+09 and --job-minutes 0 must be positive"),
-        (["bench_gpu.py", "--out=pyproject.toml"], "--out pyproject.toml cannot be written (File exists)"),
+        (
+            ["bench_gpu.py", "--out=pyproject.toml", "--device=cpu"],
+            "--out pyproject.toml cannot be written (File exists)",
+        ),
         (["profile_step.py", "--out=scripts"], "--out scripts is a folder: name a file"),
         (["profile_step.py", "--model=digits", "--device=gpu"], "JAX finds no GPU here that it can use"),
         (["plan_gpu.py", "--model=vit_giant"], "model vit_giant is unknown"),
@@ -246,7 +260,7 @@ def test_a_plan_needs_the_compiler_for_gpus(tmp_path_factory: pytest.TempPathFac
 def test_no_job_is_begun_without_a_gpu(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     done = script(tmp_path_factory, "bench_gpu.py", f"--out={tmp_path}", "--models=digits", "--dtype=float32")
     assert (done.returncode, "JAX finds no GPU here" in done.stderr) == (1, True)
-    assert (tmp_path / "rows.jsonl").read_text() == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_flags_reach_the_compiler_and_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +268,7 @@ def test_flags_reach_the_compiler_and_the_report(tmp_path: Path, monkeypatch: py
     bench_gpu = importlib.import_module("bench_gpu")
     (flag, *_), given = bench_gpu.FLAGS, {}
 
-    def started(command: list[str], variables: dict[str, str], _: float) -> "subprocess.CompletedProcess[str]":
+    def started(command: list[str], variables: dict[str, str], *_: object) -> "subprocess.CompletedProcess[str]":
         given.update(command=command, flags=variables["XLA_FLAGS"])
         return subprocess.CompletedProcess(command, 1, "", "out of memory")
 
