@@ -44,7 +44,8 @@ class Storage:
         try:
             self._fs.makedirs(self._folder, exist_ok=True)
         except OSError as error:
-            raise StatedError(f"{self.address} cannot be made a folder: {_reason(error)}. Choose another.") from error
+            why = "a file has that name" if isinstance(error, FileExistsError) else _reason(error)
+            raise StatedError(f"{self.address} cannot be made a folder: {why}. Choose another.") from error
 
     def has(self, name: str) -> bool:
         return self._fs.exists(self._path(name))
@@ -88,7 +89,9 @@ class Storage:
                 raise
             except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's for a full disk
                 reason = _reason(error) if isinstance(error, OSError) else str(error).partition(";")[0]
-                raise StatedError(f"{self._path(name)} cannot be written: {reason}") from error
+                raise StatedError(
+                    f"{self._path(name)} cannot be written: {reason}. Make room there, or choose another folder."
+                ) from error
             finally:
                 with suppress(FileNotFoundError):
                     path.unlink()

@@ -71,7 +71,7 @@ def load_features(path: Path) -> FeatureFile:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             missing = [name for name in FeatureFile._fields if name not in stored]
             if missing:
-                raise StatedError(f"{path} has no {', '.join(missing)}: give a file that `mae-jax features` wrote")
+                raise StatedError(f"{path} has no array {missing}: give a file that `mae-jax features` wrote")
             features, labels, class_names, names, of = (stored[name] for name in FeatureFile._fields)
         said = json.loads(str(of))
     except OSError as error:
@@ -80,6 +80,8 @@ def load_features(path: Path) -> FeatureFile:
         raise
     except Exception as error:  # whatever a damaged file makes NumPy and its layers raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if "allow_pickle" in reason:  # NumPy's advice, for whatever it does not know
+            reason = "it is no .npz, or holds Python objects, which are not read"
         raise StatedError(f"{path} is damaged, or no file of features: {reason}") from error
     found = FeatureFile(features, labels, tuple(map(str, class_names.ravel())), tuple(map(str, names.ravel())), said)
     _check(path, found)
