@@ -34,21 +34,30 @@ def write_atomically(path: Path, text: str) -> None:
         beside.write_text(text)
 
 
+def check_place(path: Path, name: str = "out") -> None:
+    """Refuse, before any work, a file that could not be written where it is to be.
+
+    Raises:
+      StatedError: it is a folder, or its own folder is not there or cannot be written to.
+    """
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise StatedError(f"{name} {path} cannot be written: {path.parent} is no folder that can be written to")
+    if path.is_dir():
+        raise StatedError(f"{name} {path} is a folder: choose another name")
+
+
 def check_picture(path: Path, name: str = "out") -> None:
     """Refuse, before any work, a picture that could not be written.
 
     Raises:
-      StatedError: its ending names no picture format, it is a folder, or its own folder is not there or not writable.
+      StatedError: its ending names no picture format, or as `check_place`.
     """
     from PIL import Image  # noqa: PLC0415 - machines for benchmarks have none
 
     kinds = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}
     if path.suffix.lower() not in kinds:
         raise StatedError(f"{name} {path} has no ending of a picture, such as .png")
-    if path.is_dir():
-        raise StatedError(f"{name} {path} is a folder: name a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise StatedError(f"{name} {path} cannot be written: {path.parent} is no folder that can be written to")
+    check_place(path, name)
 
 
 def save_picture(picture: "Image.Image", path: Path, name: str = "out") -> None:

@@ -69,7 +69,7 @@ def main() -> None:
         trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
     places, spent, count = origins(ready.program()), collections.Counter(), collections.Counter()
     planes = list(trace.planes)
-    # A GPU's operations are told of twice: by itself, and by the thread of the host that launches them.
+    # Of a GPU only its own: threads of the host that launch its operations may name them too.
     for plane in [plane for plane in planes if plane.name.startswith("/device:GPU")] or planes:
         for thread in plane.lines:
             for event in thread.events:

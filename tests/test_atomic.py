@@ -48,7 +48,7 @@ def test_a_picture_that_could_not_be_written_is_refused_before_any_work(tmp_path
     for path, said in (
         (tmp_path / "a", "no ending of a picture"),
         (tmp_path / "a.xyz", "no ending of a picture"),
-        (tmp_path / "folder.png", "is a folder: name a file"),
+        (tmp_path / "folder.png", "is a folder: choose another name"),
         (tmp_path / "none" / "a.png", "none is no folder that can be written to"),
     ):
         with pytest.raises(StatedError, match=f"^sheet {path} .*{said}"):

@@ -50,8 +50,8 @@ def load_pretrained(source: str, encoder_heads: int | None = None, say: Callable
     if is_run(source):
         checkpoint = find_checkpoint(source)
         kept = read_record(checkpoint).config
-        require_applicable(hints, kept, Path(source))
         if isinstance(kept, PretrainConfig):
+            require_applicable(hints, kept, Path(source))
             run, params, step = load_params(checkpoint)
             return Pretrained(str(checkpoint), run.model, params, run.augment, step, run, run.data)
         augment, data = kept.augment, kept.data

@@ -1,14 +1,13 @@
 """Features of a source's images in a NumPy file: what `mae-jax features` writes and `mae-jax knn` reads."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from mae_jax.atomic import whole
+from mae_jax.atomic import check_place, whole
 from mae_jax.errors import StatedError
 
 # Two files hold the same features of different images where these agree.
@@ -33,10 +32,7 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix != ".npz":
         raise StatedError(f"out {path} does not end in .npz")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise StatedError(f"out {path} cannot be written: {path.parent} is no folder that can be written to")
-    if path.is_dir():
-        raise StatedError(f"out {path} is a folder: choose another name")
+    check_place(path)
 
 
 def save_features(path: Path, found: FeatureFile) -> None:

@@ -82,5 +82,6 @@ def write_mistakes(folder: Path, outcomes: Outcomes, head: int, source: Source, 
     """
     names = source.class_names
     title = f"{outcomes.top(1)[head]:.2%} of {len(outcomes.label):,} images named rightly"
-    save_picture(draw_confusion(confusion_matrix(outcomes, head, len(names)), names, title), folder / CONFUSION)
-    save_picture(draw_worst(outcomes, head, source, config), folder / WORST)
+    matrix = confusion_matrix(outcomes, head, len(names))
+    save_picture(draw_confusion(matrix, names, title), folder / CONFUSION, "the picture")
+    save_picture(draw_worst(outcomes, head, source, config), folder / WORST, "the picture")
