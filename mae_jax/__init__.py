@@ -15,8 +15,8 @@ _PUBLIC = {
     "TransformerConfig": "mae_jax.config",
     "MaskedAutoencoder": "mae_jax.models.mae",
     "StatedError": "mae_jax.errors",
-    "load_torch": "mae_jax.port.reading",
-    "save_torch": "mae_jax.port.writing",
+    "load_torch": "mae_jax.port.read",
+    "save_torch": "mae_jax.port.write",
 }
 
 __all__ = list(_PUBLIC)

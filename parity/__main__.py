@@ -82,7 +82,7 @@ def main() -> int:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=2".strip()
 
     try:
-        from mae_jax.port.receivers import NotInstalledError
+        from mae_jax.port.verify import NotInstalledError
         from parity.stages import STAGES
     except ModuleNotFoundError as error:
         if error.name != "torch":

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from mae_jax.config import ModelConfig, TransformerConfig
-from mae_jax.models import gradients, layers, mae
+from mae_jax.models import blocks as layers
+from mae_jax.models import gradients, mae
 from mae_jax.port.keys import from_fair
 from parity import torch_mae
 from parity.compare import Pair

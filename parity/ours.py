@@ -12,8 +12,9 @@ import optax
 
 from mae_jax.models import mae
 from mae_jax.port.keys import Params, Tensors, from_fair, to_fair
-from mae_jax.train import engines, objective, optimizers, pretraining, steps
-from mae_jax.train.selection import merge, select
+from mae_jax.train import engines, objective, optimizers
+from mae_jax.train import step as steps
+from mae_jax.train.step import merge, select
 from parity.reference import EPOCHS, STEPS, STEPS_PER_EPOCH, Reference
 
 
@@ -56,7 +57,7 @@ class Ours:
         """Of the first batch's loss, under the reference's names."""
 
         def gradients(params: Params, images: jax.Array, noise: jax.Array) -> Params:
-            return pretraining.loss_and_gradients(self.model, params, images, noise)[1]
+            return steps.loss_and_gradients(self.model, params, images, noise)[1]
 
         return to_fair(jax.jit(gradients)(self.params, self.images, self.noise), self.config)
 

@@ -12,12 +12,11 @@ import torch
 
 from mae_jax.config import ModelConfig
 from mae_jax.models.mae import MaskedAutoencoder
-from mae_jax.port import receivers
+from mae_jax.port import verify as receivers
 from mae_jax.port.keys import Part, Tensors, entries, from_fair, frozen_tables, to_fair
 from mae_jax.port.layouts import detect, from_layout, in_decoder, to_layout
-from mae_jax.port.receivers import Receiver
-from mae_jax.port.verification import comparable
-from mae_jax.train.pretraining import loss_and_gradients
+from mae_jax.port.verify import Receiver, comparable
+from mae_jax.train.step import loss_and_gradients
 from parity.compare import Pair, Result, compare
 from parity.reference import Reference
 from parity.updates import module_of

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from mae_jax.config import ModelConfig, TransformerConfig
-from mae_jax.models import layers, mae, masking, patches, positions
+from mae_jax.models import blocks as layers
+from mae_jax.models import mae, masking, patches, positions
 from mae_jax.train import objective
 from parity import torch_mae
 from parity.compare import Pair, Result, compare

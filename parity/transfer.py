@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from mae_jax.config import ClassifierConfig, FinetuneConfig, MixConfig, OptimConfig
-from mae_jax.models import layers
+from mae_jax.models import blocks as layers
 from mae_jax.port.keys import Params, entries, from_fair, to_fair
-from mae_jax.train import classification, engines, mixing, objective, optimizers, steps
+from mae_jax.train import classification, engines, mixing, objective, optimizers
+from mae_jax.train import step as steps
 from parity import torch_mae, torch_transfer
 from parity.compare import Pair
 from parity.ours import Ours

@@ -31,12 +31,12 @@ import tyro
 from PIL import Image
 
 from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig
-from mae_jax.data.pictures import Decoded, Picture
-from mae_jax.data.pipeline import training_batches
+from mae_jax.data.images.pictures import Decoded, Picture
+from mae_jax.data.images.transforms import crop_box, flips
+from mae_jax.data.loader import prepare_decoder
 from mae_jax.data.prepare import Plan, prepare
-from mae_jax.data.sources import Source, open_source
-from mae_jax.data.transforms import crop_box, flips
-from mae_jax.data.workers import prepare_decoder
+from mae_jax.data.sources.source import Source, open_source
+from mae_jax.data.stream import training_batches
 from mae_jax.errors import StatedError
 from mae_jax.rng import host_generator
 

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mae_jax.atomic import write_atomically
-from mae_jax.bench.script import ended, finish, hold
-from mae_jax.bench.setting import bench_config
+from mae_jax.bench.run import ended, finish, hold
+from mae_jax.bench.step import bench_config
 from mae_jax.bench.table import HEAD, apart, caption, factor_line, lacks_memory, line, reason
 from mae_jax.errors import StatedError
+from mae_jax.files import write_atomically
 
 SCRIPTS = Path(__file__).resolve().parent
 LARGE_MODELS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")

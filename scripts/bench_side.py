@@ -11,8 +11,8 @@ import json
 import sys
 import time
 
-from mae_jax.bench.script import ended
-from mae_jax.bench.setting import ReadyStep, bench_config, peak_host_bytes, pixels, use
+from mae_jax.bench.run import ended
+from mae_jax.bench.step import ReadyStep, bench_config, peak_host_bytes, pixels, use
 from mae_jax.config import PretrainConfig
 
 SIDES = ("jax", "jax-cudnn", "torch", "torch-compile")
@@ -42,7 +42,7 @@ def config_of(arguments: argparse.Namespace) -> PretrainConfig:
 
 def jax_side(arguments: argparse.Namespace) -> ReadyStep:
     """This project's step, as `mae-jax pretrain` runs it."""
-    from mae_jax.train import cpu
+    from mae_jax.cli import cpu
 
     use(arguments.device)
     config = config_of(arguments)
@@ -58,7 +58,7 @@ def jax_side(arguments: argparse.Namespace) -> ReadyStep:
 
 
 def _matrix_rate(dtype: str) -> tuple[float, int, str]:
-    from mae_jax.bench.matrix import matrix_rate
+    from mae_jax.bench.table import matrix_rate
 
     return tuple(matrix_rate(dtype))
 

@@ -31,8 +31,8 @@ from typing import Any
 
 from bench_side import SIDES, add_setting
 
-from mae_jax.bench.script import ended, signals_wait
-from mae_jax.bench.setting import bench_config
+from mae_jax.bench.run import ended, signals_wait
+from mae_jax.bench.step import bench_config
 from mae_jax.bench.table import (
     HEAD,
     Figures,

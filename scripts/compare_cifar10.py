@@ -63,11 +63,11 @@ def pretrain_torch(config: PretrainConfig, folder: Path) -> None:
     import torch
 
     from mae_jax import rng
-    from mae_jax.data.pipeline import training_batches
-    from mae_jax.data.sources import open_source
+    from mae_jax.data.sources.source import open_source
+    from mae_jax.data.stream import training_batches
     from mae_jax.port.keys import to_fair
     from mae_jax.train.build import run_length
-    from mae_jax.train.steps import init_state
+    from mae_jax.train.step import init_state
     from parity import torch_mae, torch_train
 
     if (folder / "losses.json").exists():
@@ -113,8 +113,8 @@ def pretrain_torch(config: PretrainConfig, folder: Path) -> None:
 
 def score(config: FinetuneConfig) -> float:
     """Train a classifier, and its top-1 at the end."""
-    from mae_jax.train.finetune import finetune
-    from mae_jax.train.metrics import read_metrics
+    from mae_jax.runs.finetune import finetune
+    from mae_jax.runs.log import read_metrics
 
     finished = finetune(config)
     if finished.signal is not None:
@@ -189,8 +189,8 @@ def plot(losses: dict[str, list[float]], out: Path) -> None:
 
 def main(arguments: Arguments) -> None:
     """All seeds; the table is written anew after each."""
-    from mae_jax.train.metrics import read_metrics
-    from mae_jax.train.pretrain import pretrain
+    from mae_jax.runs.log import read_metrics
+    from mae_jax.runs.pretrain import pretrain
 
     rows = []
     for seed in arguments.seeds:

@@ -61,7 +61,7 @@ def train(case: Case, precision: str) -> tuple[Any, Any]:
     from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig, TransformerConfig
     from mae_jax.train.build import Length, build_engine
     from mae_jax.train.objective import Batch
-    from mae_jax.train.steps import init_state
+    from mae_jax.train.step import init_state
 
     config = PretrainConfig(
         model=ModelConfig(

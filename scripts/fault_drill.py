@@ -206,8 +206,8 @@ def outcome(workdir: Path) -> tuple[dict[int, tuple[float, float]], dict[str, in
     import jax
     import numpy as np
 
-    from mae_jax.train.saved_params import load_params
-    from mae_jax.train.workdir import find_checkpoint, read_record
+    from mae_jax.storage.checkpoints import load_params
+    from mae_jax.storage.workdir import find_checkpoint, read_record
 
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     if [row["step"] for row in rows] != list(range(1, STEPS + 1)):

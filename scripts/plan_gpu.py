@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mae_jax.bench.program import operations
-from mae_jax.bench.script import check_out, ended, give
-from mae_jax.bench.setting import bench_config
+from mae_jax.bench.run import check_out, ended, give
+from mae_jax.bench.step import bench_config
 from mae_jax.config import PretrainConfig
 from mae_jax.errors import StatedError
 
@@ -67,7 +67,7 @@ def compiled_for(gpu: str, config: PretrainConfig) -> tuple[Any, float]:
 
     from mae_jax.train.build import state_shapes
     from mae_jax.train.objective import Batch
-    from mae_jax.train.steps import make_step
+    from mae_jax.train.step import make_step
 
     name, memory, bandwidth = GPUS[gpu]
     target = HOPPER.format(name=name, memory=memory, bandwidth=int(bandwidth))

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from mae_jax.bench.program import place
-from mae_jax.bench.script import check_out, ended, give
-from mae_jax.bench.setting import bench_config, use
+from mae_jax.bench.run import check_out, ended, give
+from mae_jax.bench.step import bench_config, use
 
 INSTRUCTION = re.compile(r'\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"')
 
@@ -48,7 +48,7 @@ def main() -> None:
             raise SystemExit(f"--{name} {getattr(arguments, name)} must be positive")
     check_out(arguments.out)
     config = bench_config(arguments.model, arguments.batch, arguments.dtype, attention=arguments.attention)
-    from mae_jax.train import cpu
+    from mae_jax.cli import cpu
 
     use(arguments.device)
     cpu.settle(config.model, config.batch_size)

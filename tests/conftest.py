@@ -11,6 +11,8 @@ import pytest
 from tests import signatures
 from tests.quick import quick
 
+pytest_plugins = ["tests.tiny"]
+
 # Read when jax is imported, and when it first looks for devices.
 os.environ |= quick(devices=8, given=os.environ.get("XLA_FLAGS", ""))
 
@@ -20,7 +22,7 @@ jaxtyping.install_import_hook(
         "mae_jax.rng",
         "mae_jax.models",
         "mae_jax.train.optimizers",
-        "mae_jax.train.steps",
+        "mae_jax.train.step",
         "mae_jax.train.crops",
         "mae_jax.evaluation",
     ],

@@ -19,7 +19,7 @@ from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.models.patches import patchify
 from mae_jax.port.keys import from_fair, to_fair
 from mae_jax.train.optimizers import adamw_direction
-from mae_jax.train.pretraining import loss_and_gradients
+from mae_jax.train.step import loss_and_gradients
 from parity import torch_mae, torch_train
 
 FOLDER = Path(__file__).parent / "golden" / "fair_tiny"

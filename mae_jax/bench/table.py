@@ -1,8 +1,12 @@
-"""A benchmark's figures, for people and for programs."""
+"""What the device multiplies at its best: one large product, timed. A step's FLOP/s are a share of it."""
 
 import statistics
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from mae_jax.config import PretrainConfig
 from mae_jax.models.flops import training_flops
@@ -119,3 +123,23 @@ def apart(rows: Sequence[Figures]) -> str | None:
     if len({row["side"] for row in good}) > 1 and not all(row["in_turn"] for row in good):
         return "too little memory for all sides at once: timed one after the other"
     return None
+
+
+# Factors are square. On a CPU the larger one would take minutes, and gains nothing.
+SIZE, CPU_SIZE = 8192, 1024
+SECONDS = 1.0  # of products at least, since a moment in which a machine is busy elsewhere is not its rate
+
+
+def matrix_rate(dtype: str, repeats: int = 10) -> MatrixRate:
+    """The best of `repeats` or more products of square matrices of `dtype`, each waited for, after two untimed."""
+    size = CPU_SIZE if jax.devices()[0].platform == "cpu" else SIZE
+    left, right = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in (0, 1))
+    product = jax.jit(jnp.matmul)
+    for _ in range(2):
+        product(left, right).block_until_ready()
+    seconds: list[float] = []
+    while len(seconds) < repeats or sum(seconds) < SECONDS:
+        began = time.perf_counter()
+        product(left, right).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return MatrixRate(2 * size**3 / min(seconds), size, dtype)

@@ -8,12 +8,11 @@ from typing import TypedDict
 import grain
 import numpy as np
 
-from mae_jax.data.decoding import BrokenImage, decode, mode_for
-from mae_jax.data.pictures import to_array
-from mae_jax.data.reading import Batches, Part, join, part_size
-from mae_jax.data.sources import Source
-from mae_jax.data.transforms import center_crop
-from mae_jax.data.workers import default_readers
+from mae_jax.data.images.decode import BrokenImage, decode, mode_for
+from mae_jax.data.images.pictures import to_array
+from mae_jax.data.images.transforms import center_crop
+from mae_jax.data.loader import Batches, Part, default_readers, join, part_size
+from mae_jax.data.sources.source import Source
 from mae_jax.errors import StatedError
 
 

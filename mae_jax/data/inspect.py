@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from mae_jax.atomic import save_picture
-from mae_jax.data.decoding import BrokenImage
+from mae_jax.data.images.decode import BrokenImage
+from mae_jax.data.images.transforms import center_crop
 from mae_jax.data.parallel import ordered_map
-from mae_jax.data.records import RecordSource
-from mae_jax.data.sources import Source
-from mae_jax.data.storage import file_sha256
-from mae_jax.data.transforms import center_crop
+from mae_jax.data.sources.records import RecordSource
+from mae_jax.data.sources.shards import file_sha256
+from mae_jax.data.sources.source import Source
 from mae_jax.errors import StatedError
+from mae_jax.files import save_picture
 
 _CHUNK = 16  # images that a worker process takes at a time
 _TILE = 96  # pixels

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple, TypeVar, cast
 
-from mae_jax.data import workers
+from mae_jax.data import loader as workers
 from mae_jax.errors import StatedError
 
 T = TypeVar("T")

@@ -17,13 +17,13 @@ import numpy as np
 import simplejpeg
 from array_record.python import array_record_module
 
-from mae_jax.data.decoding import BrokenImage
-from mae_jax.data.jpeg import plain_jpeg_size
+from mae_jax.data.images.decode import BrokenImage
+from mae_jax.data.images.jpeg import plain_jpeg_size
+from mae_jax.data.images.pictures import to_array
 from mae_jax.data.parallel import DeadWorkerError, ordered_map
-from mae_jax.data.pictures import to_array
-from mae_jax.data.records import INDEX, MANIFEST, NAMES, VERSION, Encoding, Manifest, Shard
-from mae_jax.data.sources import Source
-from mae_jax.data.storage import Storage, file_sha256
+from mae_jax.data.sources.records import INDEX, MANIFEST, NAMES, VERSION, Encoding, Manifest, Shard
+from mae_jax.data.sources.shards import Storage, file_sha256
+from mae_jax.data.sources.source import Source
 from mae_jax.errors import StatedError
 
 _PLAN = "prepare.json"

@@ -4,7 +4,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from mae_jax.config import ClassifierConfig, wide
-from mae_jax.models.layers import Dense, LayerNorm, drop_path
+from mae_jax.models.blocks import Dense, LayerNorm, drop_path
 from mae_jax.models.mae import Encoder, everything_visible
 
 Pooled = Float[Array, "batch encoder_width"]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mae_jax.config import ModelConfig, wide
-from mae_jax.models.layers import Dense, LayerNorm, Tokens, block_class
+from mae_jax.models.blocks import Dense, LayerNorm, Tokens, block_class
 from mae_jax.models.losses import (
     Coefficients,
     Patches,

@@ -6,8 +6,8 @@ from typing import Literal
 
 from mae_jax.config import ClassifierConfig
 from mae_jax.errors import StatedError
-from mae_jax.port.files import SAFETENSORS, TORCH_SUFFIXES
 from mae_jax.port.keys import Config, Part, encoder_config
+from mae_jax.port.tensors import SAFETENSORS, TORCH_SUFFIXES
 
 Format = Literal["fair", "timm", "huggingface", "lightly", "lightly-deprecated", "jax"]
 

@@ -11,7 +11,7 @@ from mae_jax.config import RunConfig
 from mae_jax.errors import StatedError
 from mae_jax.train.engines import Engine, check_attention, choose_devices, pmap_engine
 from mae_jax.train.mesh import mesh_engine
-from mae_jax.train.steps import TrainState, init_state, make_step
+from mae_jax.train.step import TrainState, init_state, make_step
 
 
 class Length(NamedTuple):

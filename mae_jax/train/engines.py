@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mae_jax.config import ModelConfig
 from mae_jax.errors import StatedError
 from mae_jax.train.objective import Batch
-from mae_jax.train.steps import Metrics, Step, TrainState
+from mae_jax.train.step import Metrics, Step, TrainState
 
 AXIS = "data"
 AMPERE = "8.0"  # compute capability of the oldest GPUs for which cuDNN has fused attention

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mae_jax.errors import StatedError
 from mae_jax.train.engines import check_divides, steps_in_flight
 from mae_jax.train.objective import Batch
-from mae_jax.train.steps import Metrics, Step, TrainState
+from mae_jax.train.step import Metrics, Step, TrainState
 
 DATA, SHARD = "data", "shard"
 

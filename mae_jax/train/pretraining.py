@@ -12,7 +12,6 @@ from mae_jax import rng
 from mae_jax.config import OptimConfig, PretrainConfig, wide
 from mae_jax.models.mae import MaskedAutoencoder, Output, trained
 from mae_jax.models.masking import Noise
-from mae_jax.train.accumulation import mean_of_parts
 from mae_jax.train.objective import Batch, Images, Params, normalise_images
 from mae_jax.train.optimizers import direction
 
@@ -54,14 +53,3 @@ class Pretraining:
 def reconstruction_loss(model: MaskedAutoencoder, params: Params, images: Images, noise: Noise) -> Float[Array, ""]:
     """The loss of one batch."""
     return cast(Output, model.apply({"params": params}, images, noise)).loss
-
-
-def loss_and_gradients(
-    model: MaskedAutoencoder, params: Params, images: Images, noise: Noise, accumulate: int = 1
-) -> tuple[Float[Array, ""], Params]:
-    """A masked autoencoder's loss and its gradient, averaged over `accumulate` equal parts of the batch.
-
-    Every example hides as many patches as any other, so the mean of the parts' means is the mean of the batch.
-    """
-    gradient = jax.value_and_grad(reconstruction_loss, argnums=1)
-    return mean_of_parts(lambda part: gradient(model, params, *part), (images, noise), accumulate)

@@ -3,7 +3,7 @@
 import pytest
 
 from mae_jax.bench.run import show
-from mae_jax.bench.setting import bench_config
+from mae_jax.bench.step import bench_config
 from mae_jax.bench.table import MatrixRate, figures, lacks_memory, reason
 from mae_jax.errors import StatedError
 from mae_jax.models.flops import training_flops

@@ -16,14 +16,14 @@ import pytest
 from PIL import Image
 
 from mae_jax.config import ModelConfig, PretrainConfig
+from mae_jax.data.images.pictures import Squeezed, to_array
 from mae_jax.data.inspect import inspect_source, write_sheet
-from mae_jax.data.pictures import Squeezed, to_array
-from mae_jax.data.pipeline import training_batches
+from mae_jax.data.loader import join
 from mae_jax.data.prepare import Plan, prepare
-from mae_jax.data.reading import join
-from mae_jax.data.records import INDEX, MANIFEST, NAMES, RecordSource
-from mae_jax.data.sources import Source, open_source
-from mae_jax.data.storage import Storage
+from mae_jax.data.sources.records import INDEX, MANIFEST, NAMES, RecordSource
+from mae_jax.data.sources.shards import Storage
+from mae_jax.data.sources.source import Source, open_source
+from mae_jax.data.stream import training_batches
 from mae_jax.errors import StatedError
 
 Make = Callable[..., Path]

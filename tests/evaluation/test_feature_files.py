@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mae_jax.errors import StatedError
-from mae_jax.evaluation.feature_files import FeatureFile, load_features, save_features
+from mae_jax.evaluation.features import FeatureFile, load_features, save_features
 from mae_jax.evaluation.knn import compare_files
 
 OF = {"source": "/runs/a", "step": 12, "pooling": "mean", "block": None, "data": "digits", "split": "train"}

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from mae_jax.config import AugmentConfig, ClassifierConfig, ModelConfig, TransformerConfig
-from mae_jax.data.digits import DigitsSource
 from mae_jax.data.evaluation import load_samples
-from mae_jax.data.folder import FolderSource
+from mae_jax.data.sources.digits import DigitsSource
+from mae_jax.data.sources.folder import FolderSource
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.features import check_features, image_features, source_features
+from mae_jax.models.blocks import Block
 from mae_jax.models.classifier import Classifier
-from mae_jax.models.layers import Block
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.train.objective import normalise_images
 

@@ -13,11 +13,10 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_jax.errors import StatedError
-from mae_jax.evaluation.knn import compare_with_untrained, knn_accuracy, knn_predictions, vote
-from mae_jax.evaluation.neighbours import Neighbours, Sizes
-from mae_jax.train.checkpoint import Checkpoints
-from mae_jax.train.steps import init_state
-from tests.train.conftest import TINY
+from mae_jax.evaluation.knn import Neighbours, Sizes, compare_with_untrained, knn_accuracy, knn_predictions, vote
+from mae_jax.storage.checkpoints import Checkpoints
+from mae_jax.train.step import init_state
+from tests.tiny import TINY
 
 
 def clouds(count, seed, classes=4, width=6):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae_jax.errors import StatedError
-from mae_jax.evaluation.neighbours import SIZES, Neighbours, Sizes, nearest
+from mae_jax.evaluation.knn import SIZES, Neighbours, Sizes, nearest
 
 
 def corners(count, seed, width=16):

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 MODULES = [
-    "mae_jax.cli",
-    "mae_jax.commands.training",
-    "mae_jax.train.pretrain",
-    "mae_jax.train.finetune",
-    "mae_jax.evaluation.gallery",
+    "mae_jax.cli.__main__",
+    "mae_jax.cli.pretrain",
+    "mae_jax.cli.finetune",
+    "mae_jax.runs.pretrain",
+    "mae_jax.runs.finetune",
+    "mae_jax.evaluation.reconstruct",
     "mae_jax.evaluation.knn",
-    "mae_jax.port.port",
+    "mae_jax.port.convert",
     "torch",
     "tests.integration.preloaded",
 ]
@@ -56,6 +57,6 @@ def _command(arguments: Sequence[str], environment: Mapping[str, str], files: Se
     os.environ.update(environment)
     warnings.simplefilter("error")
     sys.argv = ["mae-jax", *arguments]
-    from mae_jax.cli import main  # noqa: PLC0415
+    from mae_jax.cli.__main__ import main  # noqa: PLC0415
 
     sys.exit(main())

@@ -79,7 +79,7 @@ def test_what_a_machine_for_benchmarks_runs_needs_none_either(name: str) -> None
 
 def test_the_setting_imports_no_framework() -> None:
     """Else the memory of one would count as the other's."""
-    modules = "mae_jax.bench.setting, mae_jax.bench.table, parity.torch_mae, parity.torch_train"
+    modules = "mae_jax.bench.step, mae_jax.bench.table, parity.torch_mae, parity.torch_train"
     said = f"import sys, {modules}; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"

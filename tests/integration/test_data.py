@@ -107,7 +107,7 @@ def test_prepare_stopped_leaves_no_process_behind(images: Path, tmp_path: Path, 
     program = (
         "import multiprocessing, os, signal, sys, threading, time\n"
         "from pathlib import Path\n"
-        "import mae_jax.cli as cli\n"
+        "import mae_jax.cli.__main__ as cli\n"
         "def act():\n"
         "    while not list(Path(sys.argv[2]).glob('*record.json')): time.sleep(0.001)\n"
         "    if sys.argv[3] == 'ctrl-c': os.killpg(0, signal.SIGINT)\n"

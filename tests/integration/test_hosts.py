@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from mae_jax.train.saved_params import load_params
+from mae_jax.storage.checkpoints import load_params
 
 from .conftest import ROOT, TINY, Run, Start
 from .test_pretrain import rows
@@ -28,8 +28,8 @@ Outcome = list[tuple[int, str, str]]
 # `mae-jax` that waits 10 seconds for a sign of another host.
 IMPATIENT = (
     "-c",
-    "import sys; from mae_jax.train import hosts, liveness; hosts.GONE_AFTER = liveness.GONE_AFTER = 10; "
-    "from mae_jax.cli import main; sys.exit(main())",
+    "import sys; from mae_jax import hosts; hosts.GONE_AFTER = 10; "
+    "from mae_jax.cli.__main__ import main; sys.exit(main())",
 )
 
 

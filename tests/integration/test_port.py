@@ -117,7 +117,7 @@ def test_an_existing_destination_is_kept(run: Run, tmp_path: Path) -> None:
 def test_a_difference_leaves_nothing(tmp_path: Path) -> None:
     """One of the library's numbers is moved aside; of all of a bias nothing would be seen behind a LayerNorm."""
     code = (
-        "import sys; from mae_jax import cli; from mae_jax.port import receivers\n"
+        "import sys; from mae_jax import cli; from mae_jax.port import verify as receivers\n"
         "reference = receivers.reference\n"
         "def planted(*args):\n"
         "    receiver = reference(*args)\n"
@@ -190,7 +190,7 @@ def test_the_hub_without_a_network(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "mae_jax.cli",
+        "mae_jax.cli.__main__",
         "port",
         "hf:facebook/vit-mae-base",
         str(tmp_path / "out"),

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mae_jax.data.sources import open_source
+from mae_jax.data.sources.source import open_source
 from mae_jax.evaluation.features import source_features
-from mae_jax.train.saved_params import load_params
+from mae_jax.storage.checkpoints import load_params
 
 from .conftest import ROOT, TINY, Run
 
@@ -177,8 +177,8 @@ def test_pictures_and_scores_of_a_run(run: Run, trained: Path, tmp_path: Path) -
 
 def test_help_imports_no_framework() -> None:
     script = (
-        "import sys, mae_jax, mae_jax.cli\n"
-        "try: mae_jax.cli.main(['--help'])\n"
+        "import sys, mae_jax, mae_jax.cli.__main__\n"
+        "try: mae_jax.cli.__main__.main(['--help'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('jax', 'flax', 'numpy', 'torch', 'orbax', 'grain', 'matplotlib') if m in sys.modules])"
     )

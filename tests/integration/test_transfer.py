@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mae_jax.config import FinetuneConfig
-from mae_jax.train.saved_params import load_classifier
-from mae_jax.train.workdir import read_record
+from mae_jax.storage.checkpoints import load_classifier
+from mae_jax.storage.workdir import read_record
 
 from .conftest import TINY, Run, Start
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from mae_jax.config import TransformerConfig
-from mae_jax.models.fused_attention import fused_attend
-from mae_jax.models.layers import Block
+from mae_jax.models.blocks import Block, fused_attend
 
 CASES = [(6, 0), (7, 0), (7, 2), (7, 3), (6, 3)]  # tokens, of which the first so many have no query
 

@@ -6,7 +6,7 @@ import pytest
 
 from mae_jax.config import ModelConfig, TransformerConfig
 from mae_jax.models.mae import MaskedAutoencoder
-from mae_jax.train.pretraining import loss_and_gradients
+from mae_jax.train.step import loss_and_gradients
 
 # Widths of an MLP that are nothing else's, so that what belongs to a GELU is known by its shape.
 CONFIG = ModelConfig(

@@ -15,13 +15,12 @@ from PIL import Image
 import mae_jax
 from mae_jax.config import MODELS
 from mae_jax.models.classifier import Classifier
-from mae_jax.port.inference import Hints
+from mae_jax.port.convert import port
+from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import to_fair
 from mae_jax.port.layouts import to_layout, written
-from mae_jax.port.port import port
-from mae_jax.port.reading import read_weights
-from mae_jax.port.receivers import lightly, timm_name, timm_vit
-from mae_jax.port.verification import outputs
+from mae_jax.port.read import read_weights
+from mae_jax.port.verify import lightly, outputs, timm_name, timm_vit
 from parity import peers
 from parity.models import SQUARE
 from parity.reference import Reference

@@ -14,10 +14,10 @@ import torch
 import mae_jax
 from mae_jax.config import MODELS, ModelConfig
 from mae_jax.errors import StatedError
-from mae_jax.port.inference import Hints
-from mae_jax.port.port import port
-from mae_jax.port.reading import read_weights
-from mae_jax.train.saved_params import load_params
+from mae_jax.port.convert import port
+from mae_jax.port.infer_config import Hints
+from mae_jax.port.read import read_weights
+from mae_jax.storage.checkpoints import load_params
 
 from .conftest import CLASSIFIERS, ODD, TINY, draw_params, same
 

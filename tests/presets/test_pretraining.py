@@ -11,7 +11,7 @@ import pytest
 from mae_jax.models.flops import training_flops
 from mae_jax.presets import PRESETS
 from mae_jax.train.optimizers import learning_rate, peak_learning_rate
-from mae_jax.train.steps import Batch, init_state, make_step
+from mae_jax.train.step import Batch, init_state, make_step
 
 COSTED = [name for name in PRESETS if name not in ("digits", "cifar10_small")]
 TABLE_3 = {"imagenet_vit_base": "83.6 %", "imagenet_vit_large": "85.9 %", "imagenet_vit_huge": "86.9 %"}

@@ -11,8 +11,7 @@ from mae_jax.config import FinetuneConfig, MixConfig, OptimConfig
 from mae_jax.train.build import Length, build_engine
 from mae_jax.train.classification import Classification, folded, head_logits
 from mae_jax.train.objective import Batch
-from mae_jax.train.selection import merge, select
-from mae_jax.train.steps import init_state, make_step
+from mae_jax.train.step import init_state, make_step, merge, select
 
 CLASSES = 3
 

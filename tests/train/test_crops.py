@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae_jax.data.pictures import resize_part
-from mae_jax.data.transforms import random_resized_crop_box
+from mae_jax.data.images.pictures import resize_part
+from mae_jax.data.images.transforms import random_resized_crop_box
 from mae_jax.train.crops import bicubic_weights, crop_images
 from mae_jax.train.objective import Batch
-from mae_jax.train.steps import make_step
+from mae_jax.train.step import make_step
 from tests.data.photographs import photograph
 
 crop_images = jax.jit(crop_images, static_argnums=2)

@@ -15,8 +15,7 @@ from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.train.build import Length, build_engine
 from mae_jax.train.engines import AXIS, check_attention, choose_devices, pmap_engine
 from mae_jax.train.objective import normalise_images
-from mae_jax.train.pretraining import loss_and_gradients
-from mae_jax.train.steps import make_step
+from mae_jax.train.step import loss_and_gradients, make_step
 
 
 def engine_of(config, count):

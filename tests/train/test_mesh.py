@@ -9,12 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from mae_jax.errors import StatedError
+from mae_jax.storage.checkpoints import Checkpoints, load_params
 from mae_jax.train.build import Length, build_engine, state_shapes
-from mae_jax.train.checkpoint import Checkpoints
 from mae_jax.train.mesh import SHARD, cut, make_mesh
 from mae_jax.train.objective import Batch
-from mae_jax.train.saved_params import load_params
-from mae_jax.train.steps import init_state
+from mae_jax.train.step import init_state
 
 LENGTH = Length(40, 4.0, 10.0)
 EVERYTHING = {"accumulate": 2, "ema_decay": 0.9, "clip_norm": 0.5, "base_lr": 0.04, "eps": 1e-4}

@@ -11,7 +11,7 @@ from mae_jax.config import ModelConfig
 from mae_jax.errors import StatedError
 from mae_jax.port.keys import Part
 from mae_jax.port.receivers.receiver import NotInstalledError, Outputs, Receiver
-from mae_jax.port.writing import hugging_face_config
+from mae_jax.port.write import hugging_face_config
 
 if TYPE_CHECKING:
     import torch

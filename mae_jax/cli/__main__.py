@@ -1,0 +1,103 @@
+"""The command line: which command, and what becomes of its failures."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from mae_jax.errors import StatedError
+
+Command = Callable[[Sequence[str], str], int]  # flags and the program's name to an exit code
+
+# The module of each command, in mae_jax/cli; the function in it has the command's name.
+COMMANDS = {
+    "pretrain": "pretrain",
+    "finetune": "finetune",
+    "probe": "finetune",
+    "plan": "plan",
+    "reconstruct": "reconstruct",
+    "features": "features",
+    "knn": "knn",
+    "port": "port",
+    "prepare": "prepare",
+    "inspect": "inspect",
+    "bench": "bench",
+}
+
+
+def load(name: str) -> Command:
+    """Import one command, and with it only what its flags need."""
+    return getattr(importlib.import_module(f"mae_jax.cli.{COMMANDS[name]}"), name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 done, 1 a stated failure, 2 wrong usage, 128 + number where a signal stopped it."""
+    code = _main(argv)
+    if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        _leave(code)  # one of several hosts has failed: at a regular exit it and the others would wait for each other
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _exit)
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    command = _parser(words).parse_args(words[:1]).command
+    try:
+        return load(command)([word for word in words[1:] if word != "--debug"], f"mae-jax {command}")
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)  # libraries that were cut off at any place have crashed at a regular exit
+    except SystemExit as ended:
+        if isinstance(ended.code, int) and ended.code > 128:
+            _leave(ended.code)
+        raise
+    except BrokenPipeError:
+        os._exit(1)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+            return 1
+        stated = isinstance(error, StatedError)
+        print(
+            f"mae-jax: {error}" if stated else f"mae-jax: {type(error).__name__}: {error} (--debug shows where)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    epilog = None
+    if not words or words[0] not in COMMANDS:  # help, or a wrong word
+        lines = [f"  {name:12} {(load(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]
+        epilog = "\n".join(["commands:", *lines, "", "mae-jax COMMAND --help shows more; --debug shows tracebacks."])
+    parser = argparse.ArgumentParser(
+        prog="mae-jax",
+        description="Masked Autoencoder pretraining in JAX/Flax.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    return parser
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that what is half done is undone."""
+    sys.exit(128 + number)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without what Python does at its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Fine-tune an encoder, or train linear heads on a frozen one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from mae_jax.cli import compiled, cpu
+from mae_jax.cli.flags import end_run, plain, prepare_jax, read_flags
+from mae_jax.config import FinetuneConfig
+from mae_jax.presets import FINETUNE, PROBE
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneFlags(FinetuneConfig):
+    """The fields of a run of a classifier, and the command's own."""
+
+    eval_only: bool = False  # evaluate the weights of --init as they are; nothing is trained
+
+
+def finetune(args: Sequence[str], prog: str) -> int:
+    """Fine-tune an encoder with a head: mae-jax finetune PRESET --init RUN_OR_CHECKPOINT [--eval-only]."""
+    return _train(args, prog, FINETUNE)
+
+
+def probe(args: Sequence[str], prog: str) -> int:
+    """Train linear heads on a frozen encoder: mae-jax probe PRESET --init RUN_OR_CHECKPOINT [--sweep RATES]."""
+    return _train(args, prog, PROBE)
+
+
+def _adopt(config: FinetuneConfig, init: str) -> FinetuneConfig:
+    from mae_jax.runs.initial import adopted
+
+    return adopted(config, init)
+
+
+def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], FinetuneConfig]]) -> int:
+    flags = read_flags(args, prog, FinetuneFlags, presets, _adopt)
+    config = plain(flags, FinetuneConfig)
+    cpu.settle(config.model, config.batch_size // config.accumulate)
+    prepare_jax(config.model.dtype)
+    from mae_jax.hosts import joined
+    from mae_jax.runs.finetune import EVALUATED, evaluate, finetune
+    from mae_jax.runs.run import too_little_is_told
+
+    compiled.keep_compiled()
+    with joined(config) as hosts, too_little_is_told(config):
+        if not flags.eval_only:
+            finished = finetune(config, hosts)
+            return end_run(finished, args, prog)
+        outcomes = evaluate(config, hosts)
+        top1, top5 = outcomes.top(1)[0], outcomes.top(5)[0]
+        left_out = f"; {outcomes.left_out} left out" if outcomes.left_out else ""
+        if hosts.first:
+            print(f"top-1 {top1:.2%}, top-5 {top5:.2%} of {len(outcomes.label):,} images{left_out}")
+            print(f"wrote confusion.png and worst.png into {config.workdir}/{EVALUATED}")
+    return 0

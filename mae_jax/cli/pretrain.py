@@ -1,0 +1,24 @@
+"""Pretrain a masked autoencoder."""
+
+from collections.abc import Sequence
+
+from mae_jax.cli import compiled, cpu
+from mae_jax.cli.flags import end_run, prepare_jax, read_flags
+
+
+def pretrain(args: Sequence[str], prog: str) -> int:
+    """Pretrain a masked autoencoder: mae-jax pretrain PRESET [--field value]. Run again, it continues."""
+    from mae_jax.config import PretrainConfig
+    from mae_jax.presets.pretraining import PRESETS
+
+    config = read_flags(args, prog, PretrainConfig, PRESETS)
+    cpu.settle(config.model, config.batch_size // config.accumulate)
+    prepare_jax(config.model.dtype)
+    from mae_jax.hosts import joined
+    from mae_jax.runs.pretrain import pretrain
+    from mae_jax.runs.run import too_little_is_told
+
+    compiled.keep_compiled()
+    with joined(config) as hosts, too_little_is_told(config):
+        finished = pretrain(config, hosts)
+    return end_run(finished, args, prog)

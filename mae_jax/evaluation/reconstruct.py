@@ -1,0 +1,144 @@
+"""The picture that `mae-jax reconstruct` writes."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from mae_jax import rng
+from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig, wide
+from mae_jax.data.evaluation import load_images, load_samples
+from mae_jax.data.sources.source import open_source
+from mae_jax.errors import StatedError
+from mae_jax.models.losses import from_coefficients, patch_statistics
+from mae_jax.models.mae import MaskedAutoencoder, Output
+from mae_jax.models.masking import Noise
+from mae_jax.models.patches import patchify, unpatchify
+from mae_jax.storage.checkpoints import load_params
+from mae_jax.train.objective import Params, normalise_images
+
+Bytes = UInt8[Array, "batch height width channels"]
+
+HIDDEN_GREY = 0.5
+
+
+class View(NamedTuple):
+    """One column of the picture."""
+
+    caption: str
+    images: np.ndarray  # uint8 (batch, height, width, channels)
+
+
+def sample_noise(seed: int, count: int, config: ModelConfig) -> Noise:
+    """The masks of the pictures: (count, L), the same in every run of this seed."""
+    return rng.example_uniforms(
+        rng.device_key(seed, "samples"), jnp.arange(count, dtype=jnp.uint32), config.num_patches
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "augment"))
+def _columns(params: Params, images: Bytes, noise: Noise, model: ModelConfig, augment: AugmentConfig) -> list[Bytes]:
+    dtype = wide(model.dtype)
+    pixels = normalise_images(images, augment, dtype)
+    output = cast(Output, MaskedAutoencoder(model).apply({"params": params}, pixels, noise))
+    patches = patchify(pixels, model.patch_hw)
+    hidden = output.mask[..., None].astype(dtype)
+    mean, std = (jnp.asarray(values, dtype) for values in (augment.mean, augment.std))
+
+    def picture(patches: Float[Array, "batch patches values"]) -> Bytes:
+        unit = unpatchify(patches, model.grid, model.patch_hw) * std + mean
+        return jnp.round(jnp.clip(unit, 0, 1) * 255).astype(jnp.uint8)
+
+    grey = patchify(jnp.broadcast_to((HIDDEN_GREY - mean) / std, pixels.shape), model.patch_hw)
+    restored = [output.pred]
+    if model.pca_components is not None:
+        restored = [from_coefficients(output.pred, **params["target"])]
+    if model.norm_pix_loss:
+        centre, deviation = patch_statistics(patches)
+        restored.append(output.pred * deviation + centre)
+    columns = [patches, jnp.where(hidden == 1, grey, patches), *restored, jnp.where(hidden == 1, restored[-1], patches)]
+    return [picture(column) for column in columns]
+
+
+# A star marks what borrows from the truth; STAR says what.
+CAPTIONS = {
+    False: ("original", "masked", "reconstruction", "with visible"),
+    True: ("original", "masked", "raw prediction", "denormalised*", "with visible*"),
+}
+STAR = "* with the true mean and deviation of each patch, which the model does not predict"
+
+
+def reconstruct(
+    params: Params, images: np.ndarray, noise: Noise, model: ModelConfig, augment: AugmentConfig
+) -> list[View]:
+    """Original, masked, reconstruction, and the reconstruction with the visible patches pasted in.
+
+    Principal coefficients are turned back into pixels. A model of normalised pixels predicts no brightness: its raw
+    prediction is shown as it is, and once more with the true mean and deviation of each patch, which the caption marks
+    with a star.
+    """
+    columns = _columns(params, jnp.asarray(images), noise, model, augment)
+    return [View(*pair) for pair in zip(CAPTIONS[model.norm_pix_loss], map(np.asarray, columns), strict=True)]
+
+
+def draw(views: list[View], title: str) -> Image.Image:
+    """A grid, one row an example and one column a view, pixels enlarged in whole steps, captions above."""
+    _, height, width, channels = views[0].images.shape
+    scale = max(1, 128 // max(height, width))
+    font = ImageFont.load_default(size=13)
+    cell_width, cell_height, gap = max(width * scale, 100), height * scale, 6
+    notes = [title] + ([STAR] if any(view.caption.endswith("*") for view in views) else [])
+    drawn = 3 if channels >= 3 else 1
+    notes += [f"the first {drawn} of {channels} channels"] if drawn != channels else []
+    top = 20 * (len(notes) + 1) + gap
+    rows = len(views[0].images)
+    sheet_width = max(len(views) * (cell_width + gap) + gap, *(int(font.getlength(note)) + 2 * gap for note in notes))
+    sheet = Image.new("RGB", (sheet_width, top + rows * (cell_height + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for line, note in enumerate(notes):
+        pen.text((gap, 20 * line + 3), note, fill="black", font=font)
+    for column, view in enumerate(views):
+        left = gap + column * (cell_width + gap)
+        pen.text((left, 20 * len(notes) + 3), view.caption, fill="black", font=font)
+        for row, image in enumerate(view.images):
+            shown = Image.fromarray(image[..., :3] if drawn == 3 else image[..., 0])
+            enlarged = shown.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left, top + row * (cell_height + gap)))
+    return sheet
+
+
+def reconstruction_sheet(
+    run: Path, files: Sequence[str], *, mask_ratio: float | None = None, seed: int = 0, samples: int = 8
+) -> Image.Image:
+    """Reconstructions of the given image files, or of `samples` images of the data that the run was trained on.
+
+    Raises:
+      StatedError: no checkpoint, a file does not decode, or the mask ratio does not fit the model.
+    """
+    config, params, step = load_params(run, part="all")
+    model = config.model
+    if mask_ratio is not None:
+        try:
+            model = dataclasses.replace(model, mask_ratio=mask_ratio)
+        except ValueError as error:
+            raise StatedError(str(error)) from error
+    share = config.augment.evaluation_crop
+    images = load_images(files, model.image_hw, model.in_channels, share) if files else _samples(config, seed, samples)
+    views = reconstruct(params, images, sample_noise(seed, len(images), model), model, config.augment)
+    shown = f"{len(files)} files" if files else config.data
+    return draw(views, f"{shown}, step {step}, {1 - model.keep / model.num_patches:.1%} of patches hidden")
+
+
+def _samples(config: PretrainConfig, seed: int, count: int) -> np.ndarray:
+    source = open_source(config.data, config.model.in_channels)
+    if not 1 <= count <= len(source):
+        raise StatedError(f"samples {count} is not in 1 .. {len(source)}, the images of {config.data}")
+    order = rng.host_generator(seed, "samples", 0).permutation(len(source))
+    return load_samples(source, order.tolist(), count, config.model.image_hw, config.augment.evaluation_crop)

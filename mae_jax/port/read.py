@@ -1,0 +1,341 @@
+"""Reading: a PyTorch file, a Hugging Face folder, a run of this project, or a repository on the hub, to `Weights`."""
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mae_jax.config import Dtype, FinetuneConfig, ModelConfig, RunConfig, Size, wide
+from mae_jax.errors import StatedError
+from mae_jax.port.infer_config import Hints, infer_config
+from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, from_fair
+from mae_jax.port.layouts import Layout, detect, from_layout, in_decoder
+from mae_jax.port.metadata import CONFIG, check_settings, hints_in, normalisation_in, read_json, said_in
+from mae_jax.port.tensors import Contents, read_file
+from mae_jax.port.weights import Weights, default_normalisation, for_image_size
+from mae_jax.storage.checkpoints import load_any
+from mae_jax.train.classification import BATCH_NORM_EPS, folded
+
+_WANTED = ("config.json", "preprocessor_config.json")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def download(repository: str) -> Path:
+    """The folder of a repository OWNER/NAME in the hub's cache: its configuration and its weights.
+
+    Raises:
+      StatedError: huggingface_hub is not installed, there is no network, or the repository holds no weights.
+    """
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise StatedError(f"hf:{repository} is not hf:OWNER/NAME")
+    by_hand = (
+        f"Download config.json and model.safetensors (or pytorch_model.bin) from "
+        f"https://huggingface.co/{repository} into a folder, and give that folder instead of hf:{repository}"
+    )
+    try:
+        from huggingface_hub import hf_hub_download  # noqa: PLC0415  (only for hf:, and optional)
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise StatedError(f"hf: needs huggingface_hub (pip install huggingface_hub). Or: {by_hand}") from error
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+
+    def fetch_if_there(name: str) -> Path | None:
+        try:
+            return fetch(name)
+        except LocalEntryNotFoundError:  # without a network, and not in the cache: the weights may be
+            return None
+
+    # Its retries are told to the log, line by line; what came of them is said below.
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        files = [file for name in _WANTED if (file := fetch_if_there(name))]
+        weights = next((file for name in _WEIGHTS if (file := fetch(name))), None)
+    except Exception as error:  # whatever its network layers raise
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise StatedError(f"hf:{repository} cannot be downloaded ({reason}). {by_hand}") from error
+    finally:
+        logger.setLevel(level)
+    if weights is None:
+        raise StatedError(f"hf:{repository} has neither {' nor '.join(_WEIGHTS)} (it has: {len(files)} of {_WANTED})")
+    return weights.parent
+
+
+# The files of a folder that may hold its weights, the first that is there.
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
+_INDEX = "model.safetensors.index.json"  # of weights in several files
+
+
+def load_torch(
+    source: str | Path,
+    *,
+    encoder_heads: int | None = None,
+    decoder_heads: int | None = None,
+    image_size: Size | None = None,
+    source_image_size: Size | None = None,
+    mask_ratio: float | None = None,
+    norm_pix_loss: bool | None = None,
+    dtype: Dtype = "float32",
+) -> tuple[Config, Params]:
+    """Configuration and parameters of a PyTorch checkpoint, in any layout that `mae-jax port` reads.
+
+    `ModelConfig` and the parameters of `MaskedAutoencoder` (of its encoder alone, where the file has no decoder); of a
+    fine-tuned file `ClassifierConfig` and the parameters of `Classifier`. What the file does not say is asked for:
+
+    Args:
+      source: A file, a folder, or hf:OWNER/NAME.
+      encoder_heads: Attention heads; known for the published widths.
+      decoder_heads: The decoder's.
+      image_size: Of the images to come; sin-cos positions are recomputed, learned ones resized. By default the file's.
+      source_image_size: What the file's positions were made for, where they are not those of a square. Neither this nor
+        heads are taken for a run of this project, which knows them.
+      mask_ratio: By default what the file says, or 0.75.
+      norm_pix_loss: By default what the file says, or False.
+      dtype: Of the configuration; float64 makes the parameters float64, they are float32 otherwise.
+
+    Raises:
+      StatedError: it cannot be read, or is no masked autoencoder.
+    """
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise StatedError('dtype float64 needs jax.config.update("jax_enable_x64", True) first')
+    hints = Hints(encoder_heads, decoder_heads, source_image_size, mask_ratio, norm_pix_loss)
+    weights = read_weights(source, hints, image_size=image_size, dtype=dtype)
+    # Copied: the arrays read are views of the file, which may be written anew while they are in use.
+    return weights.config, jax.tree.map(jax.numpy.array, weights.params)
+
+
+def read_weights(
+    source: str | Path,
+    hints: Hints | None = None,
+    *,
+    fallback: Hints | None = None,
+    image_size: Size | None = None,
+    dtype: Dtype = "float32",
+) -> Weights:
+    """What a source holds; `hints` go before what it says of itself, `fallback` where it says nothing.
+
+    Raises:
+      StatedError: it cannot be read, or is no masked autoencoder.
+    """
+    path = download(str(source).removeprefix("hf:")) if str(source).startswith("hf:") else Path(source)
+    hints = hints or Hints()
+    if not path.exists():
+        raise StatedError(f"{source} does not exist")
+    weights = _from_run(path, hints) if is_run(path) else _from_torch(path, hints, fallback or Hints(), dtype)
+    return weights if image_size is None else for_image_size(weights, image_size)
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether a source is a run of this project or one of its checkpoints."""
+    path = Path(source)
+    return path.is_dir() and any((path / name).is_dir() for name in ("record", "checkpoints"))
+
+
+def _from_run(path: Path, hints: Hints) -> Weights:
+    config, params, step = load_any(path)
+    require_applicable(hints, config, path)
+    if isinstance(config, FinetuneConfig):
+        return _from_classifier(path, config, params, step)
+    model = config.model
+    changes = {name: value for name in ("mask_ratio", "norm_pix_loss") if (value := getattr(hints, name)) is not None}
+    try:
+        model = replace(model, **changes)
+    except ValueError as error:
+        raise StatedError(str(error)) from error
+    return Weights(
+        model,
+        jax.tree.map(np.asarray, params),
+        "all" if "decoder" in params else "encoder",
+        config.augment.mean,
+        config.augment.std,
+        f"run at step {step}",
+        notes=_averaged(config),
+    )
+
+
+def require_applicable(hints: Hints, config: RunConfig, path: Path) -> None:
+    """Refuse what is said of a run that knows it, or has no such thing."""
+    names = {"encoder_heads": "encoder_heads", "decoder_heads": "decoder_heads", "image_size": "source_image_size"}
+    why = "knows its own sizes"
+    if isinstance(config, FinetuneConfig):
+        names |= {"mask_ratio": "mask_ratio", "norm_pix_loss": "norm_pix_loss"}
+        why += ", and hides no patches"
+    said = {names[name]: value for name, value in vars(hints).items() if name in names and value is not None}
+    if said:
+        flags = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in said.items())
+        raise StatedError(
+            f"{path} is a run of this project, which {why}: leave out {flags} (in Python {', '.join(said)})"
+        )
+
+
+def _averaged(config: RunConfig) -> tuple[str, ...]:
+    return () if config.optim.ema_decay is None else ("the running average of the parameters is taken",)
+
+
+def _from_classifier(path: Path, config: FinetuneConfig, params: Params, step: int) -> Weights:
+    """A fine-tuned or probed run; a BatchNorm in front of the head is put into the head."""
+    if config.sweep:
+        raise StatedError(f"{path} holds the heads of a sweep over {len(config.sweep)} rates: give its folder best")
+    normed = ("the probe's BatchNorm is put into its head",) if config.batch_norm else ()
+    return Weights(
+        config.classifier,
+        jax.tree.map(np.asarray, folded(params)),
+        "all",
+        config.augment.mean,
+        config.augment.std,
+        f"classifier at step {step}",
+        notes=(*_averaged(config), *normed),
+    )
+
+
+def _from_torch(path: Path, hints: Hints, fallback: Hints, dtype: Dtype) -> Weights:
+    if path.is_dir():
+        folder, file = path, _weights_in(path)
+        beside = said_in(folder)
+        contents = _read_parts(file) if file.name == _INDEX else read_file(file)
+    else:
+        folder, file = path.parent, path
+        contents, beside = read_file(file), said_in(folder) if file.name in _WEIGHT_FILES else {}
+    try:
+        found = detect(contents.tensors)
+    except StatedError as error:
+        raise StatedError(f"{path}: {error}") from error
+    if found is None:
+        keys = ", ".join(list(contents.tensors)[:4])
+        raise StatedError(f"{path} holds no masked autoencoder that is known here (its keys begin: {keys})")
+    layout, prefix = found
+    notes = [f"left out: {', '.join(contents.left)}"] if contents.left else []
+    tensors = _strip(contents.tensors, prefix, layout, notes)
+    told = hints_in(contents.arguments, file).over(hints_in(beside, folder / CONFIG))
+    for name in ("encoder_heads", "decoder_heads"):
+        asked, said = getattr(hints, name), getattr(told, name)
+        if None not in (asked, said) and asked != said:
+            raise StatedError(f"{path} says {name} {said}, and {asked} is asked for: leave it out")
+    given = hints.over(told).over(fallback)
+    check_settings(beside, folder / CONFIG, notes)
+    if given.norm_pix_loss is None and any(in_decoder(key) for key in _named(tensors, layout)):
+        notes.append(
+            "the file does not say whether targets were normalised pixels; taken as plain (norm_pix_loss says)"
+        )
+    try:
+        named = _unprobed(_named(tensors, layout), notes)
+        config = infer_config(named, given, dtype)
+        part: Part = "encoder" if isinstance(config, ModelConfig) and not any(map(in_decoder, named)) else "all"
+        used = named if layout.name == "fair" else tensors
+        fair = from_layout(used, layout, config, part)
+        _require_floating(used)
+        params = from_fair(fair, config, part)
+    except StatedError as error:
+        raise StatedError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise StatedError(f"{path} ({layout.name}{f', under {prefix}' if prefix else ''}): {error}") from error
+    channels = encoder_config(config).in_channels
+    normalisation = normalisation_in(contents.arguments, file, beside, folder, channels)
+    mean, std = normalisation or default_normalisation(channels)
+    parameter_dtype = np.dtype(wide(dtype))
+    return Weights(
+        config,
+        jax.tree.map(lambda values: np.asarray(values, parameter_dtype), params),
+        part,
+        mean,
+        std,
+        layout.name if part == "all" else f"{layout.name}, encoder alone",
+        fair,
+        tuple(notes),
+        normalisation_told=normalisation is not None,
+    )
+
+
+def _strip(tensors: Tensors, prefix: str, layout: Layout, notes: list[str]) -> Tensors:
+    """The model's own tensors, without what stands before their names; others are noted."""
+    own = {key.removeprefix(prefix): values for key, values in tensors.items() if key.startswith(prefix)}
+    unused = [key for key in own if re.fullmatch(layout.unused, key)]
+    others = [key for key in tensors if not key.startswith(prefix)] + unused
+    if others:
+        shown = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
+        notes.append(f"left out: {len(others)} tensors that the model does not use ({shown})")
+    return {key: values for key, values in own.items() if key not in unused}
+
+
+def _named(tensors: Tensors, layout: Layout) -> Tensors:
+    """As many tensors as have one of the authors' names that tells of the configuration."""
+    if layout.name == "fair":
+        return tensors
+    keys = [
+        "patch_embed.proj.weight",
+        "cls_token",
+        "pos_embed",
+        "mask_token",
+        "decoder_embed.weight",
+        "decoder_pos_embed",
+    ]
+    for blocks in ("blocks", "decoder_blocks"):
+        depth = 0
+        gap = 0  # a block may be missing, which is then named
+        while gap < 2:
+            found = [
+                key
+                for key in (f"{blocks}.{depth}.norm1.weight", f"{blocks}.{depth}.mlp.fc1.weight")
+                if layout.rename(key)[0] in tensors
+            ]
+            keys += found
+            gap = 0 if found else gap + 1
+            depth += 1
+    return {key: tensors[layout.rename(key)[0]] for key in keys if layout.rename(key)[0] in tensors}
+
+
+def _unprobed(tensors: Tensors, notes: list[str]) -> Tensors:
+    """A linear probe's head with the BatchNorm before it folded in: the same logits from one product.
+
+    Raises:
+      StatedError: a part of them is missing.
+    """
+    if "head.0.running_mean" not in tensors or "head.1.weight" not in tensors:
+        return tensors
+    missing = [key for key in ("head.0.running_var", "head.1.bias") if key not in tensors]
+    if missing:
+        raise StatedError(f"{' and '.join(missing)} missing, beside head.0.running_mean: save the whole head")
+    scale = 1 / np.sqrt(tensors["head.0.running_var"].astype(np.float64) + BATCH_NORM_EPS)
+    weight = tensors["head.1.weight"] * scale
+    folded = {
+        "head.weight": weight.astype(np.float32),
+        "head.bias": (tensors["head.1.bias"] - weight @ tensors["head.0.running_mean"]).astype(np.float32),
+    }
+    notes.append("the BatchNorm in front of the linear head is folded into it")
+    return {key: values for key, values in tensors.items() if not key.startswith("head.")} | folded
+
+
+def _require_floating(tensors: Tensors) -> None:
+    for key, values in tensors.items():
+        if not jax.numpy.issubdtype(values.dtype, np.floating):  # NumPy's does not know bfloat16
+            raise StatedError(f"{key} is {values.dtype}, where a weight is floating: save it as float32")
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file in a folder that holds its weights, or says which others do."""
+    names = (*_WEIGHT_FILES, _INDEX)
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise StatedError(f"{folder} holds no weights ({', '.join(names)}) and is no run")
+    return found
+
+
+def _read_parts(index: Path) -> Contents:
+    """The weights in the files that an index names."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or any(Path(str(name)).name != name for name in places.values()):
+        raise StatedError(f"{index} names no files of this folder under weight_map")
+    parts = sorted(set(places.values()))
+    tensors = {key: values for name in parts for key, values in read_file(index.parent / name).tensors.items()}
+    return Contents(tensors, {})

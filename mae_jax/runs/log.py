@@ -1,0 +1,231 @@
+"""What a run says while it goes: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
+
+import contextlib
+import io
+import os
+import socket
+import time
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+import json
+import sys
+from types import TracebackType
+from typing import Any, Self
+from tqdm import tqdm
+from mae_jax.files import write_atomically
+from mae_jax.errors import StatedError
+
+
+
+class Events:
+    """One event file; events of steps after `start`, from before a restart, are hidden by it.
+
+    Every method but `close` raises OSError where the disk takes no more. What was written outlives the process.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self.path = folder / name
+        self._writer = RecordWriter(self.path.open("xb"))
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        try:
+            self._write(event_pb2.Event(file_version="brain.Event:2"))
+            self._write(event_pb2.Event(step=start + 1, session_log=session))
+        except OSError:
+            self.close()
+            raise
+
+    def scalar(self, name: str, step: int, value: float) -> None:
+        """One number of a step."""
+        self._add(step, summary_pb2.Summary.Value(tag=name, simple_value=value))
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """One picture of a step: uint8 (height, width, 3)."""
+        encoded = io.BytesIO()
+        Image.fromarray(image).save(encoded, format="PNG")
+        height, width, _ = image.shape
+        picture = summary_pb2.Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue()
+        )
+        self._add(step, summary_pb2.Summary.Value(tag=name, image=picture))
+
+    def _add(self, step: int, value: summary_pb2.Summary.Value) -> None:
+        self._write(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=[value])))
+
+    def _write(self, event: event_pb2.Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left, if the disk takes it: metrics.jsonl has the numbers."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS = "tensorboard"
+
+# Of a row's values, those worth a place on the screen, and what they are called there.
+SHOWN = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "images_per_second": "images/s",
+    "data_wait": "waiting",
+    "top1": "top-1",
+    "top5": "top-5",
+    "best_base_lr": "of base_lr",
+}
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl, without a last line that a kill cut short.
+
+    Raises:
+      StatedError: another line is no row, or the file cannot be read.
+    """
+    file, rows = workdir / METRICS_FILE, []
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StatedError(f"{file} cannot be read ({error.strerror}): mend or remove it") from error
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n"):
+            try:
+                row = json.loads(line.decode())
+            except ValueError as error:
+                raise StatedError(f"{file}, line {number}, is not JSON ({error}): mend or remove it") from error
+            if not _is_row(row):
+                raise StatedError(
+                    f"{file}, line {number}, is not a step and its numbers ({line.decode().strip()[:80]}): "
+                    "mend or remove it"
+                )
+            rows.append(row)
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and "step" in row and all(isinstance(value, int | float) for value in row.values())
+
+
+class SilentLog:
+    """What a run says on hosts that do not write: only what concerns that host."""
+
+    def __init__(self, host: int) -> None:
+        self._host = host
+
+    def step_done(self) -> None:
+        """Nothing."""
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """A line that names the host."""
+        print(f"host {self._host}: {text}", flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing."""
+
+
+class RunLog:
+    """Writes rows and pictures of the steps after `start`; rows of later steps, from before a restart, are dropped.
+
+    Raises:
+      StatedError: the rows that are there cannot be read or written anew, or there is no place for an event file.
+    """
+
+    def __init__(self, workdir: Path, start: int, stop: int) -> None:
+        rows = [row for row in read_metrics(workdir) if row["step"] <= start]
+        file = workdir / METRICS_FILE
+        try:
+            write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+            self._file = file.open("a", buffering=1)
+        except OSError as error:
+            raise StatedError(
+                f"{file} cannot be written: {error.strerror}. Make room there, or make it writable, and run the same "
+                "command again."
+            ) from error
+        try:
+            self._events = Events(workdir / EVENTS, start)
+        except OSError as error:
+            self._file.close()
+            raise StatedError(
+                f"no event file can be made in {workdir / EVENTS}: {error.strerror}. Make room there, or make that "
+                "a folder that can be written to, and run the same command again."
+            ) from error
+        self._stop = stop
+        self._began = time.monotonic(), start
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(initial=start, total=stop, unit="step", dynamic_ncols=True)
+
+    def step_done(self) -> None:
+        """Move the progress bar on by one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """One object into metrics.jsonl, its numbers into the event file, and a word to whoever watches.
+
+        Raises:
+          StatedError: one of the files cannot be written.
+        """
+        file = self._file.name
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            file = str(self._events.path)
+            for name, value in values.items():
+                self._events.scalar(name, step, value)
+        except OSError as error:
+            raise StatedError(
+                f"{file} cannot be written: {error.strerror}. Make room there, and run the same command again."
+            ) from error
+        shown = {SHOWN[name]: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+        else:
+            print(f"step {step}/{self._stop}  " + "  ".join(map(" ".join, shown.items())) + self._eta(step), flush=True)
+
+    def _eta(self, step: int) -> str:
+        began, start = self._began
+        seconds = round((time.monotonic() - began) / max(1, step - start) * (self._stop - step))
+        return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """A picture, uint8 (height, width, 3), into the event file."""
+        with contextlib.suppress(OSError):  # the next row says so; a picture is not worth a run
+            self._events.picture(name, step, image)
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches, beside the progress bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._events.close()
+        with contextlib.suppress(OSError):  # of a row that could not be written, which has been said
+            self._file.close()

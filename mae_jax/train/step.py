@@ -1,0 +1,146 @@
+"""The training step: (state, batch) to (state, metrics), pure, whatever the objective.
+
+It knows nothing of devices but the name of the axis to average over, if there is one.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from mae_jax.config import FinetuneConfig, PretrainConfig, RunConfig, wide
+from mae_jax.models.mae import MaskedAutoencoder
+from mae_jax.models.masking import Noise
+from mae_jax.train.classification import Classification
+from mae_jax.train.crops import crop_images
+from mae_jax.train.objective import Batch, Images, Objective, Params
+from mae_jax.train.optimizers import learning_rate
+from mae_jax.train.pretraining import Pretraining, reconstruction_loss
+
+Tree = dict[str, Any]
+
+
+def select(params: Tree, chosen: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> Tree:
+    """The leaves of a nested dictionary whose path is chosen; branches without any are gone."""
+    found: Tree = {}
+    for name, value in params.items():
+        here = (*path, name)
+        if isinstance(value, dict):
+            if branch := select(value, chosen, here):
+                found[name] = branch
+        elif chosen(here):
+            found[name] = value
+    return found
+
+
+def merge(params: Tree, part: Tree) -> Tree:
+    """`params` with the leaves of `part` in place of its own."""
+    return {
+        name: merge(value, part[name]) if isinstance(value, dict) and name in part else part.get(name, value)
+        for name, value in params.items()
+    }
+
+
+def mean_of_parts(function: Callable[[Any], Any], inputs: Any, count: int) -> Any:
+    """The mean of what `function` makes of `count` equal parts of the inputs, one after another.
+
+    A part takes every `count`-th row: where the rows are cut over devices, it has as many of each device.
+    """
+    if count == 1:
+        return function(inputs)
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), inputs)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts)))
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, parts)
+    return jax.tree.map(lambda x: x / count, total)
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on: the data's place in the stream follows from `step`."""
+
+    step: Int[Array, ""]  # updates done
+    params: Params
+    optimizer: optax.OptState  # of the trained parameters
+    average: Params | None  # exponential moving average of params, where ema_decay is set
+
+
+class Metrics(NamedTuple):
+    """Of one step: the batch's loss and gradient norm before the update, and the rate that the update used."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_objective(config: RunConfig, axis_name: str | None = None) -> Objective:
+    """What a run of this configuration minimises."""
+    if isinstance(config, FinetuneConfig):
+        return Classification(config, axis_name)
+    assert isinstance(config, PretrainConfig)
+    return Pretraining(config)
+
+
+def init_state(config: RunConfig) -> TrainState:
+    """The state before the first step; depends on the configuration and its seed alone."""
+    objective = make_objective(config)
+    params = objective.init()
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=objective.direction(config.optim).init(select(params, objective.trained)),
+        average=jax.tree.map(jnp.copy, params) if config.optim.ema_decay is not None else None,
+    )
+
+
+def make_step(config: RunConfig, *, steps_per_epoch: float, epochs: float, axis_name: str | None = None) -> Step:
+    """The step of a run; `steps_per_epoch` may be fractional, `epochs` is how long the learning rate's curve is."""
+    objective = make_objective(config, axis_name)
+    direction = objective.direction(config.optim)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        pixels = jnp.asarray(batch.images)
+        if batch.crops is not None:
+            pixels = crop_images(pixels, batch.crops, config.model.image_hw)
+        trained = select(state.params, objective.trained)
+
+        def loss_of(trained: Params, inputs: Any) -> tuple[Float[Array, ""], Params]:
+            return objective.loss(merge(state.params, trained), inputs)
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, replaced), grads = mean_of_parts(
+            lambda part: gradient(trained, part), objective.inputs(batch, pixels, state.step), config.accumulate
+        )
+        if axis_name is not None:
+            loss, grads = jax.lax.pmean((loss, grads), axis_name)
+
+        epoch = state.step.astype(wide(config.model.dtype)) / steps_per_epoch
+        rate = learning_rate(epoch, config.optim, batch_size=config.batch_size, epochs=epochs)
+        updates, optimizer = direction.update(grads, state.optimizer, trained)
+        if (rates := objective.rates(trained)) is not None:
+            updates = jax.tree.map(jnp.multiply, updates, rates)
+        trained = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, trained, updates)
+        params = merge(state.params, trained) | replaced
+        average = state.average
+        if config.optim.ema_decay is not None:
+            averaged = optax.incremental_update(params, average, step_size=1 - config.optim.ema_decay)
+            average = merge(params, select(averaged, objective.trained))
+        metrics = Metrics(loss=loss, grad_norm=optax.tree.norm(grads), learning_rate=rate)
+        return TrainState(state.step + 1, params, optimizer, average), metrics
+
+    return step
+
+
+def loss_and_gradients(
+    model: MaskedAutoencoder, params: Params, images: Images, noise: Noise, accumulate: int = 1
+) -> tuple[Float[Array, ""], Params]:
+    """A masked autoencoder's loss and its gradient, averaged over `accumulate` equal parts of the batch.
+
+    Every example hides as many patches as any other, so the mean of the parts' means is the mean of the batch.
+    """
+    gradient = jax.value_and_grad(reconstruction_loss, argnums=1)
+    return mean_of_parts(lambda part: gradient(model, params, *part), (images, noise), accumulate)
