@@ -81,14 +81,14 @@ def _of_batch(batch: TrainingBatch, config: PretrainConfig, crops: int) -> Itera
 
 
 def with_fitted_target(
-    state: TrainState, config: PretrainConfig, source: Source, hosts: Hosts, say: Callable[[str], None]
+    state: TrainState, config: PretrainConfig, source: Source, hosts: Hosts, message: Callable[[str], None]
 ) -> TrainState:
     """The state before the first step with its target fitted, wherever its arrays lie; all hosts call it."""
     count = config.model.pca_components
     if count is None:
         return state
     mean, basis, share = principal_components(sampled_patches(config, source), count)
-    say(f"the {count} largest principal components hold {share:.2%} of the variance of {CROPS:,} crops' patches")
+    message(f"the {count} largest principal components hold {share:.2%} of the variance of {CROPS:,} crops' patches")
     fitted = {"mean": mean.astype(wide(config.model.dtype)), "basis": basis.astype(wide(config.model.dtype))}
     if hosts.count > 1:  # other processors may round otherwise
         fitted = multihost_utils.broadcast_one_to_all(fitted)

@@ -8,7 +8,7 @@ from jax.errors import JaxRuntimeError
 from mae_jax.errors import StatedError
 from mae_jax.presets.pretraining import PRESETS
 from mae_jax.presets.transfer import FINETUNE
-from mae_jax.runs.run import too_little_is_told
+from mae_jax.runs.run import memory_errors
 
 CONFIG = PRESETS["digits"]()
 
@@ -18,23 +18,23 @@ CONFIG = PRESETS["digits"]()
 )
 def test_the_fields_are_named(failure):
     told = r"batch_size 64 with accumulate 1 \(.*9 bytes.*--model\.remat;"
-    with pytest.raises(StatedError, match=told), too_little_is_told(CONFIG):
+    with pytest.raises(StatedError, match=told), memory_errors(CONFIG):
         raise failure
 
 
 def test_what_is_done_already_is_not_advised():
     config = replace(CONFIG, model=replace(CONFIG.model, remat=True))
-    with pytest.raises(StatedError) as told, too_little_is_told(config):
+    with pytest.raises(StatedError) as told, memory_errors(config):
         raise MemoryError("no")
     assert "remat" not in str(told.value)
 
 
 @pytest.mark.parametrize("failure", [JaxRuntimeError("INTERNAL: a kernel"), ValueError("RESOURCE_EXHAUSTED")])
 def test_other_failures_pass(failure):
-    with pytest.raises(type(failure), match=str(failure)), too_little_is_told(CONFIG):
+    with pytest.raises(type(failure), match=str(failure)), memory_errors(CONFIG):
         raise failure
 
 
 def test_only_pretraining_can_be_planned():
-    with pytest.raises(StatedError, match=r"--model\.remat$"), too_little_is_told(next(iter(FINETUNE.values()))()):
+    with pytest.raises(StatedError, match=r"--model\.remat$"), memory_errors(next(iter(FINETUNE.values()))()):
         raise MemoryError("no")
