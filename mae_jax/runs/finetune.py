@@ -39,10 +39,11 @@ def finetune(config: FinetuneConfig, hosts: Hosts = ALONE) -> Finished:
     """
     config, train, val = open_data(config)
     devices = hosts.count * (config.devices or jax.local_device_count())
-    if config.mix.mixes and config.batch_size % (2 * devices):
+    if config.mix.mixes and config.batch_size % (2 * devices * config.accumulate):
         raise StatedError(
-            f"mixup and cutmix mix neighbours on one device: batch_size {config.batch_size} is not divisible by "
-            f"2 x {devices} devices"
+            f"mixup and cutmix mix neighbours in one part of a device's batch: batch_size {config.batch_size} is not "
+            f"divisible by 2 x {devices} devices x accumulate {config.accumulate}",
+            field="batch_size",
         )
     return run(config, train, hosts, Evaluations(config, val))
 

@@ -82,8 +82,13 @@ def measure(config: PretrainConfig) -> tuple[Memory, MeshEngine]:
     layout = engine.layout(shapes)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
     rows, model = NamedSharding(engine.mesh, PartitionSpec((DATA, SHARD))), config.model
-    image = (*model.image_hw, model.in_channels)
-    like = Batch(np.empty((0, *image), np.uint8), np.empty(0, np.uint32))
+    on_device = config.crops == "device"  # whole images come in, squeezed into a square, and a box for each
+    image_hw = (config.canvas, config.canvas) if on_device else model.image_hw
+    like = Batch(
+        np.empty((0, *image_hw, model.in_channels), np.uint8),
+        np.empty(0, np.uint32),
+        np.empty((0, 5), np.float32) if on_device else None,
+    )
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype, sharding=rows), like
     )

@@ -61,6 +61,22 @@ def test_a_plan_of_a_small_run(tiny):
     assert "DOES NOT FIT" in said
 
 
+def test_whole_images_are_planned_where_the_device_cuts_the_crops(tiny):
+    config = dataclasses.replace(tiny(), crops="device", canvas_size=24, devices=1)
+    planned, _ = measure(config)
+    assert planned.batch == config.batch_size * (24 * 24 + 4 + 5 * 4)  # canvas, position, box and flip
+
+
+@pytest.mark.parametrize("crops", ["host", "device"])
+def test_a_batch_in_parts_is_never_whole_in_float32(tiny, crops):
+    model = dataclasses.replace(tiny().model, image_size=128, patch_size=64)
+    config = dataclasses.replace(tiny(), model=model, crops=crops, batch_size=512, devices=1)
+    in_float32 = 4 * config.batch_size * 128 * 128
+    whole, _ = measure(config)
+    parts, _ = measure(dataclasses.replace(config, accumulate=16))
+    assert parts.activations < in_float32 < whole.activations
+
+
 MEASURE = """
 import dataclasses, sys, jax, numpy as np
 from mae_jax.config import ModelConfig, PretrainConfig, TransformerConfig
