@@ -180,7 +180,9 @@ def _first_line(holder: str) -> str:
 
 
 def _refusal(folder: Path, field: str, holder: str) -> StatedError:
-    return StatedError(f"{field} {folder} is in use by {_first_line(holder)}: wait for its end, or choose another", field=field)
+    return StatedError(
+        f"{field} {folder} is in use by {_first_line(holder)}: wait for its end, or choose another", field=field
+    )
 
 
 @contextlib.contextmanager
@@ -216,7 +218,10 @@ def _take_lease(folder: Path, field: str, holder: str, report: Callable[[str], N
             continue  # given back just now
         if seen is None:
             seen, since = found, time.monotonic()
-            report(f"{field} {folder} was held by {_first_line(found[1])}; waiting up to {ENDS:.0f} s to see whether it still is")
+            report(
+                f"{field} {folder} was held by {_first_line(found[1])}; waiting up to {ENDS:.0f} s to see whether it "
+                "still is"
+            )
         elif found != seen:
             raise _refusal(folder, field, found[1])
         elif time.monotonic() - since > ENDS:

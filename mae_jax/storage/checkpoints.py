@@ -51,6 +51,7 @@ Tree = TypeVar("Tree")
 BROKEN = "broken-checkpoints"
 BEST = "best"
 CHECKSUMS = "checksums.json"
+INODES = 40  # files and folders of a checkpoint, on one host
 ALONE = Hosts()
 
 # Folders are made before a save goes on in the background. A thread that waits for one that cannot be made would
@@ -110,10 +111,11 @@ def _reason(error: BaseException) -> str:
 
 
 def _check_room(folder: Path, tree: Any) -> None:
-    """Raise OSError where a checkpoint cannot fit: in the middle of it, TensorStore reports once for each array."""
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    disk = os.statvfs(folder)
-    if disk.f_blocks and disk.f_bfree * disk.f_frsize < 0.8 * needed:  # compressed it may be a little smaller
+    """Raise OSError where a checkpoint cannot be written: in the middle of it, TensorStore reports for each array."""
+    os.utime(folder)  # a read-only disk, or no permission
+    needed = 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # compressed it may be a little smaller
+    disk = os.statvfs(folder)  # which says 0 of 0 where it does not know
+    if (disk.f_blocks and disk.f_bfree * disk.f_frsize < needed) or (disk.f_files and disk.f_ffree < INODES):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -176,7 +178,8 @@ class Checkpoints:
             self._clear_unfinished()
 
     def steps(self) -> list[int]:
-        """List the steps that are saved, oldest first."""
+        """List the steps that are saved, oldest first, after the save under way."""
+        self.wait()
         return [int(folder.name) for folder in checkpoint_folders(self.folder.parent)]
 
     def path(self, step: int) -> Path:
@@ -190,7 +193,7 @@ class Checkpoints:
           StatedError: this one or the one before cannot be written, or there is another of this step.
         """
         self.wait()
-        contents = _contents(state, self._metadata)
+        contents = _contents(state, self._metadata | {"step": step})
         with self._writing():
             if self.path(step).exists():
                 if read_record(self.path(step)).fingerprint == contents[RECORD].item["fingerprint"]:
@@ -213,15 +216,15 @@ class Checkpoints:
         if self._saving is None:
             return
         with self._writing(), self._logged_once:
-            self._saving = None
+            step, self._saving = self._saving, None
             self._writer.wait_until_finished()
             if self._hosts.first:
                 sync(self.folder)
-                self._remove_old()
+                self._remove_old(step)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, newest: int) -> None:
         every = self._config.keep_every
-        for step in self.steps()[: -self._config.keep]:
+        for step in [step for step in self.steps() if step <= newest][: -self._config.keep]:
             if every is None or step % every:
                 # One that is half removed must not look like a checkpoint.
                 self.path(step).rename(unfinished := self.folder / f"{step}{TMP_DIR_SUFFIX}")
@@ -266,6 +269,8 @@ class Checkpoints:
             if self._hosts.first:
                 _check_files(folder)
             record = read_record(folder)
+            if record.step not in (None, step):
+                raise DamagedError(f"it is the checkpoint of step {record.step}", field="checkpoint")
             with self._reader() as reader, _damage_of_old(record.version):
                 state = reader.restore(folder / "state", args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # whatever Orbax and its layers raise
@@ -336,8 +341,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            with contextlib.suppress(Exception):  # of a failure that was raised before
+                self._writer.close()
             self._logged_once.close()
-            self._writer.close()
 
 
 @contextlib.contextmanager
@@ -402,9 +408,7 @@ def load_classifier(run_or_checkpoint: str | Path) -> tuple[FinetuneConfig, Para
     """
     config, params, step = load_any(run_or_checkpoint)
     if config.kind != "classification":
-        raise StatedError(
-            f"{run_or_checkpoint} holds no classifier: it is a pretraining run's", field="checkpoint"
-        )
+        raise StatedError(f"{run_or_checkpoint} holds no classifier: it is a pretraining run's", field="checkpoint")
     return config, params, step
 
 
@@ -415,7 +419,7 @@ def load_any(run_or_checkpoint: str | Path) -> tuple[Run, Params, int]:
       StatedError: there is no checkpoint, or it cannot be read.
     """
     folder = find_checkpoint(run_or_checkpoint)
-    config, recorded, _, version = read_record(folder)
+    config, recorded, _, version, _ = read_record(folder)
     # A checkpoint is used where it is, which need not be a GPU.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     try:

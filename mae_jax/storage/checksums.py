@@ -85,7 +85,9 @@ def file_checksums(folder: Path, inner: str = ".") -> dict[str, list[int]]:
     walk = os.walk(folder / inner, onerror=_raise)
     files = sorted(Path(parent, name) for parent, _, names in walk for name in names)
     with ThreadPoolExecutor(4) as pool:
-        return {str(file.relative_to(folder)): found for file, found in zip(files, pool.map(_crc32, files), strict=True)}
+        return {
+            str(file.relative_to(folder)): found for file, found in zip(files, pool.map(_crc32, files), strict=True)
+        }
 
 
 def _raise(error: OSError) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
-RECORD = "record"  # metadata of a checkpoint: {"config": ..., "fingerprint": ..., "version": ..., "examples": ...}
+RECORD = "record"  # the folder of a checkpoint's metadata: what `Record` holds
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")  # of what hosts must have the same
 
 CONFIGS: dict[str, type[Run]] = {config.kind: config for config in (PretrainConfig, FinetuneConfig)}
@@ -41,6 +41,7 @@ class Record(NamedTuple):
     fingerprint: dict[str, int]  # of each array
     examples: int | None  # how many the run's data had; None where there was no run
     version: int  # of the fingerprint
+    step: int | None  # of the run; None where there was no run, and in version 0.1.0
 
 
 def make_writable(folder: Path) -> None:
@@ -141,17 +142,18 @@ def read_record(checkpoint: Path) -> Record:
     """
     try:
         record = read_json(checkpoint / RECORD / "metadata", RECORD)
-        found = record["config"], record["fingerprint"], record.get("examples"), record.get("version", 1)
+        found = record["config"], record["fingerprint"], *map(record.get, ("examples", "version", "step"))
     except (StatedError, OSError, KeyError, TypeError, AttributeError) as error:
         why = str(error) if isinstance(error, StatedError) else f"{type(error).__name__}: {error}"
         raise StatedError(f"checkpoint {checkpoint} cannot be read: {why}", field=RECORD) from error
-    kinds = {"config": dict, "fingerprint": dict, "examples": int | None, "version": int}
+    kinds = {"config": dict, "fingerprint": dict, "examples": int | None, "version": int | None, "step": int | None}
     for (name, kind), value in zip(kinds.items(), found, strict=True):
         if not isinstance(value, kind):
             raise StatedError(
                 f"checkpoint {checkpoint} cannot be read: its record has {name} {str(value)[:80]}", field=RECORD
             )
-    return Record(config_from_dict(found[0], checkpoint), *found[1:])
+    config, fingerprint, examples, version, step = found
+    return Record(config_from_dict(config, checkpoint), fingerprint, examples, version or 1, step)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -178,12 +180,10 @@ def _started(workdir: Path) -> tuple[Run | None, int | None]:
             break
     examples = records[0].examples if records else None
     file = workdir / CONFIG_FILE
-    try:
-        lost = not file.read_bytes().strip(b"\0")  # what a power cut leaves of a file that was not yet on the disk
-    except FileNotFoundError:
-        lost = True
-    except OSError:
-        lost = False
+    lost = not file.exists()
+    if file.is_file():
+        with contextlib.suppress(OSError), file.open("rb") as content:
+            lost = not content.read(2**16).strip(b"\0")  # a power cut took a file that was not yet on the disk
     if lost:
         return records[0].config if records else None, examples
     try:
