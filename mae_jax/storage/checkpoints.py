@@ -120,22 +120,19 @@ def _check_room(folder: Path, tree: Any) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Read all files of a checkpoint, and compare them with its checksums.
+    """Read all files of a checkpoint, and compare them with its checksums, which version 0.1.0 did not write.
 
     Raises:
-      DamagedError: one is missing or altered, or there are no checksums, which version 0.1.0 did not write.
+      DamagedError: one is missing or altered.
       OSError: one cannot be read now, which is no damage.
     """
     try:
-        version = read_record(folder).version
         found = file_checksums(folder)
+        version = HASHED if CHECKSUMS in found else read_record(folder).version
         expected = {} if version == SUMMED else read_json(folder / CHECKSUMS)
     except (StatedError, FileNotFoundError, NotADirectoryError) as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | NotADirectoryError):
-            raise cause from error
         raise DamagedError(str(error), field="checkpoint") from error
-    wrong = [name for name, sums in expected.items() if found.get(name) != sums]
+    wrong = [name for name, sums in dict(expected).items() if found.get(name) != sums]
     if wrong:
         how = "altered" if wrong[0] in found else "missing"
         raise DamagedError(f"{len(wrong)} files are not what was written: {wrong[0]} is {how}", field="checkpoint")
