@@ -18,7 +18,7 @@ from mae_jax.hosts import Hosts
 from mae_jax.runs.initial import Say, start_from
 from mae_jax.runs.loop import Finished
 from mae_jax.runs.log import read_metrics
-from mae_jax.train.objective import Params
+from mae_jax.models import Params
 from mae_jax.runs.run import Room, run
 from mae_jax.train.step import TrainState, init_state
 from mae_jax.storage.workdir import checkpoint_folders, make_writable, unwritable

@@ -23,7 +23,8 @@ from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.train.engines import Engine
 from mae_jax.hosts import Hosts
 from mae_jax.runs.log import RunLog, SilentLog
-from mae_jax.train.objective import Batch, Params
+from mae_jax.models import Params
+from mae_jax.train.objective import Batch
 from mae_jax.runs.stop import StopRequest
 from mae_jax.train.step import Metrics, TrainState
 

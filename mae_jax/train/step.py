@@ -12,20 +12,20 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from mae_jax.config import FinetuneConfig, PretrainConfig, RunConfig, wide
+from mae_jax.models import Params
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.models.masking import Noise
+from mae_jax.models.patches import Images
 from mae_jax.train.classification import Classification
 from mae_jax.train.crops import crop_images
-from mae_jax.train.objective import Batch, Images, Objective, Params
+from mae_jax.train.objective import Batch, Objective
 from mae_jax.train.optimizers import learning_rate
 from mae_jax.train.pretraining import Pretraining, reconstruction_loss
 
-Tree = dict[str, Any]
 
-
-def select(params: Tree, chosen: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> Tree:
+def select(params: Params, chosen: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> Params:
     """The leaves of a nested dictionary whose path is chosen; branches without any are gone."""
-    found: Tree = {}
+    found: Params = {}
     for name, value in params.items():
         here = (*path, name)
         if isinstance(value, dict):
@@ -36,7 +36,7 @@ def select(params: Tree, chosen: Callable[[tuple[str, ...]], bool], path: tuple[
     return found
 
 
-def merge(params: Tree, part: Tree) -> Tree:
+def merge(params: Params, part: Params) -> Params:
     """`params` with the leaves of `part` in place of its own."""
     return {
         name: merge(value, part[name]) if isinstance(value, dict) and name in part else part.get(name, value)
