@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from mae_jax.cli import compiled, cpu
 from mae_jax.cli.flags import end_run, plain, prepare_jax, read_flags
 from mae_jax.config import FinetuneConfig
-from mae_jax.presets import FINETUNE, PROBE
+from mae_jax.presets.transfer import FINETUNE, PROBE
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneFlags(FinetuneConfig):
     """The fields of a run of a classifier, and the command's own."""
 

@@ -3,26 +3,26 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mae_jax.config import ClassifierConfig, FinetuneConfig, ModelConfig, RunConfig
+
+from mae_jax.config import FinetuneConfig, ModelConfig, Run
 from mae_jax.errors import StatedError
+from mae_jax.models import Params
 from mae_jax.models.positions import fixed_positions
 from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import encoder_config
 from mae_jax.port.read import is_run, read_weights
 from mae_jax.port.weights import Weights
-from mae_jax.models import Params
-from mae_jax.train.step import TrainState
 from mae_jax.storage.workdir import find_checkpoint, read_record
-
-
+from mae_jax.train.step import TrainState
 
 Say = Callable[[str], None]
 
 
-def start_from(source: str, state: TrainState, config: RunConfig, say: Say, whole: bool = False) -> TrainState:
+def start_from(source: str, state: TrainState, config: Run, say: Say, whole: bool = False) -> TrainState:
     """The state before the first step with the weights of `source`, wherever its arrays lie.
 
     A decoder or a head that the source does not have, or has in another size or for another target, stays random,
@@ -63,7 +63,7 @@ def start_from(source: str, state: TrainState, config: RunConfig, say: Say, whol
     if wrong:
         raise StatedError(f"init {source} has another encoder than this run: {wrong[0]} ({len(wrong)} differ)")
     params = state.params | {"encoder": _like(given, state.params["encoder"])}
-    if isinstance(config, FinetuneConfig):
+    if config.kind == "classification":
         params |= _head(weights, config, params, source, say, whole)
     else:
         params |= _decoder(weights, model, params, source, say)
@@ -122,7 +122,7 @@ def _decoder(weights: Weights, model: ModelConfig, params: Params, source: str, 
 
 def _head(weights: Weights, config: FinetuneConfig, params: Params, source: str, say: Say, whole: bool) -> Params:
     given, behind = weights.config, [name for name in ("fc_norm", "head") if name in params]
-    same = isinstance(given, ClassifierConfig) and not config.sweep and given.pooling == config.pooling
+    same = given.kind == "classifier" and not config.sweep and given.pooling == config.pooling
     same = same and (whole or not config.batch_norm)  # what it saw is not what a new BatchNorm gives
     if same and not any(_differing(weights.params[name], params[name]) for name in behind):
         say(f"starting from the encoder and the head of {source}")
@@ -130,7 +130,7 @@ def _head(weights: Weights, config: FinetuneConfig, params: Params, source: str,
     if whole:
         wanted = f"a head of {config.classes} classes on pooling {config.pooling}"
         has = "no head"
-        if isinstance(given, ClassifierConfig):
+        if given.kind == "classifier":
             has = f"a head of {given.classes} classes on pooling {given.pooling} (--pooling {given.pooling})"
         raise StatedError(f"{source} has {has}, and {wanted} is to be evaluated")
     say(f"starting from the encoder of {source}; the head is new")

@@ -1,35 +1,33 @@
 """One run, from its configuration to its last checkpoint: the room where everything meets."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from jax.errors import JaxRuntimeError
-from mae_jax.config import PretrainConfig, RunConfig
-from mae_jax.errors import StatedError
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
 import jax
-from mae_jax.config import RunConfig
+from jax.errors import JaxRuntimeError
+
+from mae_jax.config import Run
 from mae_jax.data.sources.source import Source
-from mae_jax.storage.agreement import check_agreement, claim_together
-from mae_jax.train.build import Length, build_engine, run_length
-from mae_jax.storage.checkpoints import Checkpoints
-from mae_jax.train.engines import Engine
+from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
 from mae_jax.runs.initial import Say, start_from
-from mae_jax.runs.loop import Finished, Loop, Watch
 from mae_jax.runs.log import RunLog, SilentLog
-from mae_jax.train.step import select
+from mae_jax.runs.loop import Finished, Loop, Watch
 from mae_jax.runs.stop import StopRequest
-from mae_jax.train.step import TrainState, init_state, make_objective
+from mae_jax.storage.agreement import check_agreement, claim_together
+from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.storage.workdir import find_checkpoint
-
+from mae_jax.train.build import Length, build_engine, run_length
+from mae_jax.train.engines import Engine
+from mae_jax.train.step import TrainState, init_state, make_objective, select
 
 
 @contextmanager
-def too_little_is_told(config: RunConfig) -> Iterator[None]:
+def too_little_is_told(config: Run) -> Iterator[None]:
     """Name the fields that a step's memory follows from, where the device or the host lacks it.
 
     Raises:
@@ -41,7 +39,7 @@ def too_little_is_told(config: RunConfig) -> Iterator[None]:
         if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         remat = "" if config.model.remat else " or --model.remat"
-        plan = "; mae-jax plan says what a step needs" if isinstance(config, PretrainConfig) else ""
+        plan = "; mae-jax plan says what a step needs" if config.kind == "pretraining" else ""
         raise StatedError(
             f"too little memory for batch_size {config.batch_size} with accumulate {config.accumulate} ({error}): "
             f"give a smaller --batch-size, a larger --accumulate{remat}{plan}"
@@ -60,7 +58,7 @@ class Room:
 
 
 def run(
-    config: RunConfig,
+    config: Run,
     source: Source,
     hosts: Hosts,
     describe_data: str,
@@ -110,7 +108,7 @@ def run(
         return Loop(config, source, length, engine, checkpoints, log, stop, hosts, watch).go(state, start)
 
 
-def how_to_continue(config: RunConfig) -> str:
+def how_to_continue(config: Run) -> str:
     """What to do when another host is gone."""
     try:
         start = f"from step {find_checkpoint(config.workdir).name}"
@@ -122,7 +120,7 @@ def how_to_continue(config: RunConfig) -> str:
     )
 
 
-def describe(config: RunConfig, data: str, engine: Engine, state: TrainState, length: Length) -> str:
+def describe(config: Run, data: str, engine: Engine, state: TrainState, length: Length) -> str:
     """What is about to run."""
     count, trained = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from mae_jax import rng
-from mae_jax.config import RunConfig
+from mae_jax.config import Run
 from mae_jax.errors import StatedError
 from mae_jax.train.engines import Engine, check_attention, choose_devices, pmap_engine
 from mae_jax.train.mesh import mesh_engine
@@ -23,7 +23,7 @@ class Length(NamedTuple):
     epochs: float
 
 
-def run_length(config: RunConfig, examples: int) -> Length:
+def run_length(config: Run, examples: int) -> Length:
     """The length of a run on so many examples.
 
     Raises:
@@ -38,12 +38,12 @@ def run_length(config: RunConfig, examples: int) -> Length:
     return Length(steps, steps_per_epoch, steps / steps_per_epoch)
 
 
-def state_shapes(config: RunConfig) -> TrainState:
+def state_shapes(config: Run) -> TrainState:
     """The state without its numbers."""
     return jax.eval_shape(lambda: init_state(config))
 
 
-def build_engine(config: RunConfig, length: Length) -> Engine:
+def build_engine(config: Run, length: Length) -> Engine:
     """The compiled step of a run on the devices that it asks for.
 
     Raises:

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from mae_jax.config import FinetuneConfig, PretrainConfig, RunConfig, wide
+from mae_jax.config import Run, wide
 from mae_jax.models import Params
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.models.masking import Noise
 from mae_jax.models.patches import Images
-from mae_jax.train.classification import Classification
 from mae_jax.train.crops import crop_images
 from mae_jax.train.objective import Batch, Objective
 from mae_jax.train.optimizers import learning_rate
@@ -77,15 +76,16 @@ class Metrics(NamedTuple):
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_objective(config: RunConfig, axis_name: str | None = None) -> Objective:
+def make_objective(config: Run, axis_name: str | None = None) -> Objective:
     """What a run of this configuration minimises."""
-    if isinstance(config, FinetuneConfig):
-        return Classification(config, axis_name)
-    assert isinstance(config, PretrainConfig)
-    return Pretraining(config)
+    if config.kind == "pretraining":
+        return Pretraining(config)
+    from mae_jax.train.classification import Classification  # noqa: PLC0415 - pretraining does without
+
+    return Classification(config, axis_name)
 
 
-def init_state(config: RunConfig) -> TrainState:
+def init_state(config: Run) -> TrainState:
     """The state before the first step; depends on the configuration and its seed alone."""
     objective = make_objective(config)
     params = objective.init()
@@ -97,7 +97,7 @@ def init_state(config: RunConfig) -> TrainState:
     )
 
 
-def make_step(config: RunConfig, *, steps_per_epoch: float, epochs: float, axis_name: str | None = None) -> Step:
+def make_step(config: Run, *, steps_per_epoch: float, epochs: float, axis_name: str | None = None) -> Step:
     """The step of a run; `steps_per_epoch` may be fractional, `epochs` is how long the learning rate's curve is."""
     objective = make_objective(config, axis_name)
     direction = objective.direction(config.optim)

@@ -9,7 +9,7 @@ import pytest
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.classify import judge
 from mae_jax.hosts import Hosts
-from mae_jax.presets import FINETUNE
+from mae_jax.presets.transfer import FINETUNE
 from mae_jax.runs.finetune import Evaluations, evaluate, finetune, open_data
 from mae_jax.runs.log import read_metrics
 from mae_jax.storage.checkpoints import load_classifier, save_best

@@ -6,7 +6,8 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from mae_jax.errors import StatedError
-from mae_jax.presets import FINETUNE, PRESETS
+from mae_jax.presets.pretraining import PRESETS
+from mae_jax.presets.transfer import FINETUNE
 from mae_jax.runs.run import too_little_is_told
 
 CONFIG = PRESETS["digits"]()
