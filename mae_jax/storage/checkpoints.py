@@ -32,6 +32,7 @@ from mae_jax.config import FinetuneConfig, PretrainConfig, Run
 from mae_jax.errors import StatedError
 from mae_jax.files import Hold, read_json, sync, sync_tree, write_atomically
 from mae_jax.hosts import Hosts
+from mae_jax.models import Params
 from mae_jax.storage.checksums import HASHED, SUMMED, altered, file_checksums, fingerprint
 from mae_jax.storage.workdir import (
     CHECKPOINTS,
@@ -43,7 +44,6 @@ from mae_jax.storage.workdir import (
     read_record,
     unwritable,
 )
-from mae_jax.train.objective import Params
 from mae_jax.train.step import init_state
 
 Tree = TypeVar("Tree")
