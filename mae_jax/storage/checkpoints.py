@@ -261,7 +261,8 @@ class Checkpoints:
           DamagedError: it is not what was written.
           StatedError: it cannot be read for another reason.
         """
-        folder, state, failure = self.path(step), None, None
+        folder, failure = self.path(step), None
+        state: Any = None
         try:
             if self._hosts.first:
                 _check_files(folder)
