@@ -285,6 +285,7 @@ FEW_INODES = """
 import sys, time, contextlib
 from pathlib import Path
 import jax.numpy as jnp
+from mae_jax.errors import StatedError
 from mae_jax.storage.checkpoints import Checkpoints
 from tests.tiny import TINY
 checkpoints = Checkpoints(Path(sys.argv[1]), TINY)
@@ -313,7 +314,7 @@ def test_a_folder_that_cannot_be_made_holds_up_no_end(tmp_path, inodes):
     assert (done.returncode, done.stderr) == (0, "")
     words, failed = done.stdout.splitlines()
     assert "No space left on device" in words
-    assert ended - float(failed) < 2
+    assert ended - float(failed) < 10  # on a machine that does nothing else 1.1 s; it was 299
 
 
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path, tiny, begin, batches):
