@@ -177,12 +177,14 @@ def power_cut(trial: Trial) -> None:
 
 
 def second_process(trial: Trial) -> None:
-    """A second process in the same folder is refused; the first goes on to its end."""
+    """A second process in the same folder is refused, also where the first is stopped; that goes on to its end."""
     trial.start()
     trial.at_step()
+    trial.process.send_signal(signal.SIGSTOP)
     other = Trial(trial.workdir, trial.step)
     other.start()
     other.end(1, f"is in use by process {trial.process.pid} on ")
+    trial.process.send_signal(signal.SIGCONT)
     trial.end(0)
 
 

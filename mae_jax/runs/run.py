@@ -41,7 +41,7 @@ def run(config: Run, source: Source, hosts: Hosts, callback: Callback) -> Finish
         workdir, held = stack.enter_context(claimed(hosts, config, len(source), print_line))
         hosts.explain(lambda: how_to_continue(config))
         stop = stack.enter_context(StopRequest(hosts.count))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config, len(source), hosts, held)))
+        checkpoints = stack.enter_context(Checkpoints(workdir, config, len(source), hosts, held))
         init = functools.partial(init_state, config)  # one object, which JAX traces once for its shapes and to run it
         shapes = jax.eval_shape(init)
         state = checkpoints.restore_latest(

@@ -20,7 +20,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +155,7 @@ class Checkpoints:
 
     On several hosts all of them make one of these, and call the same methods in the same order.
 
-    Close it, or the save under way is lost.
+    Close it, or use it in a `with`, or the save under way is lost.
     """
 
     def __init__(
@@ -342,6 +343,16 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # of a failure that was raised before
                 self._writer.close()
             self._logged_once.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it, but where another host may be gone, which the save under way would wait for inside Orbax."""
+        if self._hosts.count == 1 or error is None or isinstance(error, StatedError):
+            self.close()
 
 
 @contextlib.contextmanager
