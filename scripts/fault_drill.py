@@ -6,7 +6,8 @@
 A trial is a run of the bundled digits in a folder of its own, one fault at a random step, and the same command again to
 the end. It has survived if its final state equals, bit for bit, that of a run never stopped, if every step stands once
 in metrics.jsonl with that run's numbers, and if the fault was met as it should be: with the right exit code, and where
-the program could speak, a sentence, after which it is gone at once. Faults of disks happen on disks of their own, which are mounted where that is allowed; else they are skipped. Exits with 1 if a trial has not survived.
+the program could speak, a sentence, after which it is gone at once. Faults of disks happen on disks of their own, which
+are mounted where that is allowed; else they are skipped. Exits with 1 if a trial has not survived.
 """
 
 import contextlib
