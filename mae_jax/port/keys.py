@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
-from mae_jax.models.positions import fixed_positions
+from mae_jax.models.patches import fixed_positions
 
 Config = ModelConfig | ClassifierConfig
 Part = Literal["all", "encoder"]
