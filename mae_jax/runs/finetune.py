@@ -14,6 +14,7 @@ from mae_jax.data.sources.split import split_for_training
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, evaluate_classifier, write_mistakes
 from mae_jax.hosts import Hosts
+from mae_jax.models import Params
 from mae_jax.runs.initial import start_from
 from mae_jax.runs.log import read_metrics
 from mae_jax.runs.loop import Finished, TrainingRun
@@ -21,7 +22,6 @@ from mae_jax.runs.run import memory_errors, run
 from mae_jax.storage.checkpoints import BEST, drop_later, save_best
 from mae_jax.storage.workdir import checkpoint_folders, make_writable, unwritable
 from mae_jax.train.build import build_engine, run_length
-from mae_jax.train.objective import Params
 from mae_jax.train.step import TrainState, init_state
 
 ALONE = Hosts()
@@ -32,7 +32,7 @@ def finetune(config: FinetuneConfig, hosts: Hosts = ALONE) -> Finished:
     """Train a classifier, or go on training it, in `config.workdir`; on several hosts, each of them calls this.
 
     Evaluates it on the split val every so many epochs and at the end, keeps the best one in WORKDIR/best, and draws
-    what the last one takes for what.
+    the confusion matrix of the last one.
 
     Raises:
       StatedError: as `run`; or the data has no classes, or others than the model.
@@ -49,7 +49,7 @@ def finetune(config: FinetuneConfig, hosts: Hosts = ALONE) -> Finished:
 
 
 def open_data(config: FinetuneConfig) -> tuple[FinetuneConfig, Source, Source]:
-    """The configuration with what the data says, the images to learn from, and those to evaluate on.
+    """Open the data: the configuration with its classes, the images to learn from, and those to evaluate on.
 
     Raises:
       StatedError: the data has no classes, or others than the model.
@@ -60,21 +60,21 @@ def open_data(config: FinetuneConfig) -> tuple[FinetuneConfig, Source, Source]:
     )
     classes = len(train.class_names)
     if config.classes not in (None, classes):
-        raise StatedError(f"classes {config.classes} asked for, and data {config.data} has {classes}")
+        raise StatedError(f"classes {config.classes} asked for, and data {config.data} has {classes}", field="classes")
     try:
         return dataclasses.replace(config, classes=classes), train, val
     except ValueError as error:
-        raise StatedError(str(error)) from error
+        raise StatedError(str(error), field="classes") from error
 
 
 def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
-    """Evaluate the weights of `config.init` as they are, and draw what they take for what into WORKDIR/evaluated.
+    """Evaluate the weights of `config.init` as they are, and draw the confusion matrix into WORKDIR/evaluated.
 
     Raises:
       StatedError: there are none, they have no head, the data has other classes, or the folder cannot be written to.
     """
     if config.init is None:
-        raise StatedError("init is not given: which weights are to be evaluated?")
+        raise StatedError("init is not given: which weights are to be evaluated?", field="init")
     init = config.init
     config, _, val = open_data(config)
     folder = Path(config.workdir) / EVALUATED
@@ -162,10 +162,10 @@ class Evaluations:
 
 
 def single(config: FinetuneConfig, params: Params, head: int) -> tuple[FinetuneConfig, Params]:
-    """A classifier by itself: one of a sweep as a run with its rate alone would have it, a running average as it is."""
+    """Take one classifier out of a run: a head of a sweep as a run at its rate alone would have it, or the average."""
     optim = dataclasses.replace(config.optim, ema_decay=None)
     if not config.sweep:
         return dataclasses.replace(config, optim=optim), params
     optim = dataclasses.replace(optim, base_lr=config.sweep[head])
-    chosen = jax.tree.map(lambda values: values[head], params["head"])
-    return dataclasses.replace(config, sweep=(), optim=optim), params | {"head": chosen}
+    own = jax.tree.map(lambda values: values[head], params["head"])
+    return dataclasses.replace(config, sweep=(), optim=optim), params | {"head": own}

@@ -77,7 +77,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(config, tmp_path, mon
 def test_a_run_that_diverges_keeps_its_best(config, tmp_path):
     """Not finite between two looks at the loss: the evaluation ends the run, and `best` is none of its."""
     ruined = dataclasses.replace(config, optim=dataclasses.replace(config.optim, base_lr=1e30), log_every=100, steps=6)
-    with pytest.raises(StatedError, match=r"loss of the evaluation is|not finite|is nan|is inf"):
+    with refused("optim.base_lr"):
         finetune(ruined)
     assert not any(row.get("top1", 0) == 1 for row in read_metrics(tmp_path / "run"))
 
