@@ -40,7 +40,7 @@ class Outcomes(NamedTuple):
     predicted: Int[np.ndarray, "heads images"]
     loss: Float[np.ndarray, "heads images"]
     label: Int[np.ndarray, " images"]  # the true class
-    index: Int[np.ndarray, " images"]  # in the source
+    image: Int[np.ndarray, " images"]  # its number in the source
     left_out: int
 
     def top(self, count: int) -> Float[np.ndarray, " heads"]:
@@ -181,7 +181,7 @@ def draw_worst(outcomes: Outcomes, head: int, source: Source, config: FinetuneCo
     pen = ImageDraw.Draw(sheet)
     for cell, row in enumerate(order):
         left, top = 6 + cell % columns * (width + 6), 6 + cell // columns * (height + 40)
-        pixels = load_samples(source, [int(outcomes.index[row])], 1, image_hw, share)[0]
+        pixels = load_samples(source, [int(outcomes.image[row])], 1, image_hw, share)[0]
         shown = Image.fromarray(pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0])
         sheet.paste(shown.resize((image_hw[1] * scale, height), Image.Resampling.NEAREST), (left, top))
         label, predicted = outcomes.label[row], outcomes.predicted[head][row]

@@ -124,16 +124,16 @@ def test_features_that_are_not_there_are_refused():
 
 def test_broken_files_and_a_last_batch_that_is_not_full(tmp_path):
     """On eight devices, batches of 8; progress counts every file."""
-    params, told = draw_params(CONFIG), []
+    params, reported = draw_params(CONFIG), []
     for i in range(21):
         Image.new("L", (9, 12), 10 * i).save(tmp_path / f"{i:02}.png")
     for i in (4, 20):
         (tmp_path / f"{i:02}.png").write_bytes(b"not an image")
     source = FolderSource(str(tmp_path), "L")
-    found = source_features(params, source, CONFIG, AUGMENT, "mean", 6, tell=told.append)
+    found = source_features(params, source, CONFIG, AUGMENT, "mean", 6, report=reported.append)
     assert found.broken.tolist() == [4, 20]
     assert (found.values.shape, found.values.dtype, found.labels.shape) == ((19, 16), np.float32, (19,))
-    assert told == [8, 8, 5]
+    assert reported == [8, 8, 5]
     whole = source_features(params, source, CONFIG, AUGMENT, "mean")
     np.testing.assert_allclose(whole.values, found.values, rtol=1e-5, atol=1e-6)
     for file in tmp_path.iterdir():
