@@ -11,13 +11,13 @@ from mae_jax.config import AugmentConfig, FinetuneConfig, ModelConfig, Transform
 from mae_jax.data.images.decode import BrokenImage
 from mae_jax.data.sources.source import open_source
 from mae_jax.data.sources.split import Chosen
-from mae_jax.errors import StatedError
 from mae_jax.evaluation.classify import confusion_matrix, draw_confusion, draw_worst, evaluate_classifier
 from mae_jax.hosts import Hosts
 from mae_jax.models.classifier import Classifier
 from mae_jax.train.build import build_engine, run_length
 from mae_jax.train.objective import normalise_images
 from mae_jax.train.step import init_state
+from tests.refusals import refused
 
 CONFIG = FinetuneConfig(
     model=ModelConfig(
@@ -101,7 +101,7 @@ def test_images_of_which_none_has_a_class(params):
         def label(self, index):
             return -1
 
-    with pytest.raises(StatedError, match="none of the 20 images to evaluate on decodes and has a class"):
+    with refused("data", "none of the 20 images"):
         evaluated(params, Nothing(open_source("digits", 1), range(20)))
 
 
