@@ -235,7 +235,8 @@ def compare_with_untrained(
             _with_class(part.values, part.labels, source.class_names, sources[0].class_names, name, "train")
             for part, source, name in zip(found, sources, ("train", "val"), strict=False)
         ]
-        return knn_accuracy(*_bank_and_queries(banks), k=k, temperature=temperature), found, banks
+        queries = banks[1] if len(banks) > 1 else None
+        return knn_accuracy(banks[0], queries, k=k, temperature=temperature), found, banks
 
     trained, found, banks = score(pretrained.params)
     untrained_score, _, _ = score(untrained(pretrained))
@@ -246,7 +247,7 @@ def compare_with_untrained(
     )
     broken = [source.name(int(i)) for part, source in zip(found, sources, strict=True) for i in part.broken]
     left_out = [f"{len(broken)} do not decode ({', '.join(broken[:3])})"] if broken else []
-    return _sentence(k, banks, "val", scores, [part.labels for part in found], left_out)
+    return _sentence(k, [len(labels) for _, labels in banks], "val", scores, [part.labels for part in found], left_out)
 
 
 def compare_files(bank: Path, queries: Path | None, *, k: int, temperature: float | None) -> str:
@@ -267,8 +268,9 @@ def compare_files(bank: Path, queries: Path | None, *, k: int, temperature: floa
         _with_class(found.features, found.labels, found.class_names, names, str(path), str(bank))
         for path, found in files
     ]
-    accuracy = knn_accuracy(*_bank_and_queries(banks), k=k, temperature=temperature)
-    return _sentence(k, banks, str(queries), f"{accuracy:.2%}", [found.labels for _, found in files], [])
+    accuracy = knn_accuracy(banks[0], banks[1] if queries else None, k=k, temperature=temperature)
+    counts, labels = [len(labels) for _, labels in banks], [found.labels for _, found in files]
+    return _sentence(k, counts, str(queries), f"{accuracy:.2%}", labels, [])
 
 
 def _with_class(
@@ -289,14 +291,9 @@ def _with_class(
     return values[has], np.array([number[one] for one in classes], np.int32)[labels[has]]
 
 
-def _bank_and_queries(banks: list[Bank]) -> tuple[Bank, Queries | None]:
-    """Return the first as the bank, and the second, if there is one, as queries."""
-    return banks[0], banks[1] if len(banks) > 1 else None
-
-
-def _sentence(k: int, banks: list[Bank], name: str, scores: str, labels: list[np.ndarray], left_out: list[str]) -> str:
+def _sentence(k: int, counts: list[int], name: str, scores: str, labels: list[np.ndarray], left_out: list[str]) -> str:
     """Word a result: of how many images, what was left out, and the scores."""
-    bank, *queries = (f"{len(features):,}" for features, _ in banks)
+    bank, *queries = (f"{count:,}" for count in counts)
     images = f"{queries[0]} images of {name} among {bank}" if queries else f"each of {bank} images by the others"
     without = sum(int((part < 0).sum()) for part in labels)
     left_out = left_out + ([f"{without} have no class"] if without else [])
