@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         self.pred = Dense(config.target_dim, config.dtype)
 
     def embed(self, latent: Latent, mask: Mask) -> Tokens:
-        """The encoder's tokens and the mask tokens, with positions, in the order of ids_shuffle, class token first."""
+        """Join the encoder's tokens and mask tokens, with positions, in the order of ids_shuffle, class token first."""
         config = self.config
         tokens = self.embed_latent(latent).astype(wide(config.dtype))
         first = tokens[:, :1] if config.class_token else None
@@ -223,7 +223,7 @@ class MaskedAutoencoder(nn.Module):
         """Compute `Output` from normalised images, and noise of one row of L values an example.
 
         Raises:
-          ValueError: images or noise do not have the shape that the configuration says.
+          ValueError: images or noise do not have the shape of the configuration.
         """
         config = self.config
         expected = (*config.image_hw, config.in_channels), (config.num_patches,)

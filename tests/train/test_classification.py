@@ -95,7 +95,7 @@ def test_it_learns(classify, labelled):
 
 
 def test_a_sweep_is_as_many_runs(classify, labelled):
-    """Each head learns what a run with its rate alone teaches it; the loss told is that of the best."""
+    """Each head learns what a run with its rate alone teaches it; the loss reported is that of the best."""
     rates, given = (0.3, 3.0, 30.0), labelled(4)
     sweep, losses = trained(classify(**PROBE, sweep=rates), given)
     alone = [
