@@ -14,9 +14,9 @@ from mae_jax.data.sources.split import split_for_training
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, judge, write_mistakes
 from mae_jax.hosts import Hosts
+from mae_jax.models import Params
 from mae_jax.runs.initial import Say, start_from
 from mae_jax.runs.log import read_metrics
-from mae_jax.models import Params
 from mae_jax.runs.loop import Finished
 from mae_jax.runs.run import Room, run
 from mae_jax.storage.checkpoints import BEST, drop_later, save_best

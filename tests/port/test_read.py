@@ -250,7 +250,7 @@ def test_how_images_were_normalised_goes_along(tmp_path, name):
     said = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / name, layout=layout, part="encoder", **said)
     told = read_weights(tmp_path / name, Hints(encoder_heads=TINY.encoder.heads))
-    assert (told.mean, told.std, told.normalisation_told) == (said["mean"], said["std"], True)
+    assert (told.mean, told.std, told.normalisation_known) == (said["mean"], said["std"], True)
     mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / f"b{name}", layout=layout, part="encoder")
     untold = read_weights(tmp_path / f"b{name}", Hints(encoder_heads=TINY.encoder.heads))
-    assert (untold.mean, untold.normalisation_told) == (IMAGENET_MEAN, False)
+    assert (untold.mean, untold.normalisation_known) == (IMAGENET_MEAN, False)
