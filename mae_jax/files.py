@@ -1,11 +1,10 @@
 """A file whole or not at all."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mae_jax.errors import StatedError
 
@@ -73,29 +72,3 @@ def save_picture(picture: "Image.Image", path: Path, name: str = "out") -> None:
     except (ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise StatedError(f"{name} {path} cannot be written: {reason}") from error
-
-
-MOST_JSON = 4 << 20  # bytes; what is read here has thousands. Python's objects take up to 30 times as much
-
-
-def parse_json(text: str | bytes, name: str | Path, field: str | None = None) -> dict[str, Any]:
-    """Return the object that a JSON text from anywhere holds.
-
-    name: the file, for the message. field: of the error; by default the file's name without its folder.
-
-    Raises:
-      StatedError: it is larger than 4 MiB, no JSON, nested too deeply, holds a number of thousands of digits, or is no
-        object.
-    """
-    field = field or Path(name).name
-    if len(text) > MOST_JSON:
-        raise StatedError(f"{name} is not read: it is larger than {MOST_JSON >> 20} MiB", field=field)
-    try:
-        values = json.loads(text)
-    except RecursionError as error:
-        raise StatedError(f"{name} is not read: its values are nested too deeply", field=field) from error
-    except ValueError as error:  # no JSON, no UTF-8, or a number of more digits than Python converts
-        raise StatedError(f"{name} is not JSON: {error}", field=field) from error
-    if not isinstance(values, dict):
-        raise StatedError(f"{name} holds {type(values).__name__}, where an object is expected", field=field)
-    return values
