@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from mae_jax.errors import StatedError, shown
-from mae_jax.files import MOST_JSON, parse_json
+from mae_jax import files
 from mae_jax.port.infer_config import Hints
 
 CONFIG = "config.json"
 _PREPROCESSOR = "preprocessor_config.json"
+_MOST_BYTES = 4 << 20  # of such a file; they have thousands, and Python's objects take up to thirty times as much
 _LARGEST = 3.4e38  # of float32; nan is not below it either
 _LARGEST_COUNT = 2**31  # of heads and pixels
 
@@ -27,16 +28,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file's object; {} where there is no file.
 
     Raises:
-      StatedError: it cannot be read, or as `parse_json`.
+      StatedError: it cannot be read, is no JSON, or no object; its field is the file's name.
     """
     if not path.is_file():
         return {}
     try:
-        with path.open("rb") as stream:
-            text = stream.read(MOST_JSON + 1)
+        values = files.read_json(path, path.name, _MOST_BYTES)
     except OSError as error:
         raise StatedError(f"{path} cannot be read: {error.strerror}", field=path.name) from error
-    return parse_json(text, path)
+    if not isinstance(values, dict):
+        raise StatedError(f"{path} holds {type(values).__name__}, not a configuration", field=path.name)
+    return values
 
 
 def hints_in(metadata: Mapping[str, Any], path: Path) -> Hints:

@@ -120,7 +120,8 @@ def _read_safetensors(path: Path, header: int) -> Contents:
     except (SafetensorError, OSError, ValueError) as error:
         raise _refused(f"{path} is damaged or cut short: {str(error)[:200]}") from error
     written = f"{path}: {METADATA_KEY} in its header"
-    return Contents(tensors, parse_json(metadata.get(METADATA_KEY, "{}"), written, field="source"))
+    arguments = parse_json(metadata.get(METADATA_KEY, "{}").encode(), written, field="source")
+    return Contents(tensors, arguments if isinstance(arguments, dict) else {})
 
 
 # --- PyTorch -----------------------------------------------------------------------------------------------------
