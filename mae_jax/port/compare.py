@@ -25,7 +25,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether they are close enough; nan is not."""
+        """Return whether they are close enough; nan is not."""
         return not self.fault and self.max_rel <= self.bound
 
     def as_dict(self) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class Comparison:
 def compare(
     tensor: str, ours: np.ndarray, expected: np.ndarray, bound: float, *, fault: str = "", stage: str = ""
 ) -> Comparison:
-    """Compare in float64; where all that is expected is zero, the relative error is the absolute one."""
+    """Compare two tensors in float64; where all that is expected is zero, the relative error is the absolute one."""
     if ours.shape != expected.shape:
         fault = f"shape {ours.shape}, reference {expected.shape}"
     if ours.shape != expected.shape or expected.size == 0:

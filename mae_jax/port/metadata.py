@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_jax.errors import StatedError, shown
 from mae_jax import files
+from mae_jax.errors import StatedError, shown
 from mae_jax.port.infer_config import Hints
 
 CONFIG = "config.json"
@@ -83,7 +83,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any, above: float = -_LARGEST) -> bool:
-    """Whether a value is a finite number, no bool."""
+    """Return whether a value is a finite number, no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and above < value < _LARGEST
 
 

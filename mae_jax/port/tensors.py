@@ -242,7 +242,7 @@ class _Value(NamedTuple):
 
 
 def _check_pickle(path: Path, stream: Any) -> bool:
-    """Look through one pickle without opening it; whether it is whole. What it breaks off with, torch.load states.
+    """Look through one pickle without opening it; return whether it is whole. torch.load names what is wrong where not.
 
     It is followed instruction by instruction as pickletools describes them, with sizes in place of values.
 

@@ -104,7 +104,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether there is something, and all of it is close enough."""
+        """Return whether there is something, and all of it is close enough."""
         return bool(self.comparisons) and all(one.passed for one in self.comparisons)
 
     def lines(self) -> Iterator[str]:

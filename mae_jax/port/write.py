@@ -270,7 +270,7 @@ def beside(destination: Path, force: bool) -> Iterator[Path]:
 
 
 def require_replaceable(destination: Path, force: bool) -> None:
-    """Refuse to replace what is not to be replaced.
+    """Refuse a destination that must not be replaced.
 
     Raises:
       StatedError: the destination exists and `force` is not given, or it holds other things than a port.
