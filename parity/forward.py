@@ -44,7 +44,7 @@ def patchify(ours: Ours, reference: Reference) -> Pairs:
 
 
 def position_tables(ours: Ours, reference: Reference) -> Pairs:
-    """Compare the tables of every frozen kind, for both widths, with and without class token; the learned one as carried."""
+    """Compare the tables of every frozen kind, for both widths, with and without class token; learned ones as carried."""
     for kind in ("sincos2d", "sincos1d"):
         for stack in ("encoder", "decoder"):
             for class_token in (True, False):
@@ -80,7 +80,7 @@ def noise(ours: Ours, reference: Reference) -> Pairs:
 
 
 def masks(ours: Ours, reference: Reference) -> Pairs:
-    """Compare visible patches, restoring order and mask, of each kind and at several ratios, also where noise repeats."""
+    """Compare visible patches, restoring order and mask, of each kind, at several ratios, also where noise repeats."""
     uniform = reference.noise[0]
     repeated = np.floor(uniform * 8) / 8  # ties have to fall alike
     variants = [("random", ours.config.mask_ratio), *(("random", ratio) for ratio in (0.4, 0.6, 0.7, 0.9))]

@@ -83,7 +83,7 @@ def sincos1d(width: int, length: int) -> Float[Tensor, "L width"]:
 
 
 def positions(config: ModelConfig, width: int) -> Float[Tensor, "1 tokens width"]:
-    """Return the table added to the tokens; the class token's row comes first and is zero. Zeros where it is learned."""
+    """Return the table added to the tokens; the class token's row comes first and is zero. Zeros where learned."""
     if config.positions == "sincos2d":
         table = sincos2d(width, config.grid)
     elif config.positions == "sincos1d":

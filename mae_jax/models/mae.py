@@ -221,7 +221,7 @@ class MaskedAutoencoder(nn.Module):
             self.components = PrincipalComponents(self.config, name="target")
 
     def __call__(self, images: Images, noise: Noise) -> Output:
-        """Normalised images, and noise of one row of L values an example, to `Output`.
+        """Run normalised images, and noise of one row of L values an example, to `Output`.
 
         Raises:
           ValueError: images or noise do not have the shape that the configuration says.
@@ -239,11 +239,17 @@ class MaskedAutoencoder(nn.Module):
         latent = self.encoder(shuffled[:, : config.keep], mask)
         decoded = self.decoder(latent, mask)
 
+        # A compiled training step asks for the loss alone: then the prediction of all patches is not computed, and the
+        # last block runs on the hidden ones. Operation by operation everything is computed, and once is enough.
         since = config.keep if config.loss_on == "hidden" else 0
-        loss = patch_errors(self.decoder.predict(decoded, since), self.target(shuffled[:, since:])).mean()
+        traced = isinstance(decoded, jax.core.Tracer)
+        scored = self.decoder.predict(decoded, since) if since and traced else None
+        pred = self.decoder.predict(decoded)
+        if scored is None:
+            scored = pred[:, since:]
         return Output(
-            loss=loss,
-            pred=pick(self.decoder.predict(decoded), mask.ids_restore),
+            loss=patch_errors(scored, self.target(shuffled[:, since:])).mean(),
+            pred=pick(pred, mask.ids_restore),
             target=self.target(patches),
             mask=mask.hidden,
             ids_restore=mask.ids_restore,

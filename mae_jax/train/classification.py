@@ -42,8 +42,13 @@ class Classification:
     config: FinetuneConfig
     axis_name: str | None = None
 
+    @property
+    def together(self) -> int:
+        """Return 2 where neighbours are mixed with each other, else 1."""
+        return 2 if self.config.mix.mixes else 1
+
     def init(self) -> Params:
-        """A random classifier; `start_from` gives it the weights of an encoder."""
+        """Make a random classifier; `start_from` gives it the weights of an encoder."""
         config, model = self.config, self.config.model
         images = jnp.zeros((1, *model.image_hw, model.in_channels), wide(model.dtype))
         init = jax.jit(lambda key: Classifier(config.classifier).init(key, images)["params"])
