@@ -81,10 +81,8 @@ def test_a_file_without_checksums_is_read(tmp_path):
 
 def inflating(path):
     torch.save({"model": {"a": torch.ones(2)}}, path)
-    zeros = b"\0" * (100 << 20)
-    return rewritten(
-        path, lambda name, held: (zeros, zipfile.ZIP_DEFLATED) if name.endswith("data/0") else (held, zipfile.ZIP_STORED)
-    )
+    zeros, deflated, stored = b"\0" * (100 << 20), zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED
+    return rewritten(path, lambda name, held: (zeros, deflated) if name.endswith("data/0") else (held, stored))
 
 
 def lying_about_its_size(path):
@@ -246,11 +244,11 @@ for name in sys.argv[1:]:
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         read_file(Path(name))
-        said = "READ"
+        outcome = "READ"
     except StatedError as error:
-        said = f"{error.field}: {error}"
+        outcome = f"{error.field}: {error}"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
-    print(f"{time.monotonic() - began:.2f} {grown} {said}")
+    print(f"{time.monotonic() - began:.2f} {grown} {outcome}")
 """
 
 
@@ -293,10 +291,7 @@ ARGUMENTS = {
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_arguments_of_any_size_are_shown_cut(tmp_path, name):
     tensors = {key: torch.from_numpy(np.array(values)) for key, values in to_fair(draw_params(TINY), TINY).items()}
-    if name == "encoder_heads":  # safetensors holds numbers that torch's pickles do not
-        values = {key: values.numpy() for key, values in tensors.items()}
-        write_safetensors(tmp_path / "f.pth", values, {name: ARGUMENTS[name]})
-    elif name == "mask_ratio":
+    if name == "encoder_heads" or name == "mask_ratio":  # safetensors holds numbers that torch's pickles do not
         values = {key: values.numpy() for key, values in tensors.items()}
         write_safetensors(tmp_path / "f.pth", values, {name: ARGUMENTS[name]})
     else:
