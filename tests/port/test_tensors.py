@@ -58,6 +58,34 @@ def test_arguments_in_a_namespace_are_read(tmp_path):
     assert contents.tensors["a"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_what_training_scripts_keep_beside_weights_is_no_obstacle(tmp_path, old):
+    """All of it is what torch.load with weights_only takes."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW(module.parameters())
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
+    module(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    held = {
+        "state_dict": module.state_dict(),
+        "parameters": dict(module.named_parameters()),
+        "optimizer": optimizer.state_dict(),
+        "lr_schedulers": [schedule.state_dict()],
+        "random": torch.get_rng_state(),
+        "hyper_parameters": {"betas": (0.9, 0.95), "dtype": torch.bfloat16, "device": torch.device("cpu"), "size": 3j},
+        "names": {"a", "b"},
+        "key": b"abc",
+        "shape": torch.Size([1, 2]),
+        ("a", ("b", 1)): None,
+        "sparse": torch.eye(2).to_sparse(),
+        "history": [float(i) for i in range(10_000)],
+    }
+    torch.save(held, tmp_path / "f.ckpt", _use_new_zipfile_serialization=not old)
+    contents = read_file(tmp_path / "f.ckpt")
+    assert contents.tensors.keys() == module.state_dict().keys()
+    assert len(contents.left) == len(held) - 1
+
+
 @pytest.mark.parametrize("key", ["model", "state_dict", None])
 @pytest.mark.parametrize("old", [False, True])
 def test_weights_are_found_where_checkpoints_keep_them(tmp_path, key, old):
