@@ -253,7 +253,7 @@ for name in sys.argv[1:]:
 
 
 def test_harm_is_refused_soon_and_in_little_memory(tmp_path):
-    """All in one process, so that torch is imported once; its peak of memory only grows. Seconds are the processor's."""
+    """All in one process, so that torch is imported once; its peak of memory only grows. Time is the processor's."""
     files = [make(tmp_path / f"{make.__name__}.pth") for make in HARM]
     command = [sys.executable, "-c", MEASURED, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
