@@ -44,7 +44,7 @@ def patchify(ours: Ours, reference: Reference) -> Pairs:
 
 
 def position_tables(ours: Ours, reference: Reference) -> Pairs:
-    """Compare the tables of every frozen kind, for both widths, with and without class token; learned ones as carried."""
+    """Compare every frozen table, for both widths, with and without class token; learned ones as they are carried."""
     for kind in ("sincos2d", "sincos1d"):
         for stack in ("encoder", "decoder"):
             for class_token in (True, False):
