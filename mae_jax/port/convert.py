@@ -52,9 +52,9 @@ def port(
                 log(line)
             if not verdict.passed:
                 last = worst(verdict.comparisons)
+                apart = last.fault or f"it differs by {last.max_rel:.1e}, beyond the bound {last.bound:.0e}"
                 raise StatedError(
-                    f"{last.tensor} differs by {last.max_rel:.1e} from {verdict.library}, beyond the bound "
-                    f"{last.bound:.0e}: nothing is left at {destination}",
+                    f"{last.tensor} is not that of {verdict.library}: {apart}. Nothing is left at {destination}",
                     field=last.tensor,
                 )
     log(f"wrote {destination}")

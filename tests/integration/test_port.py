@@ -130,7 +130,7 @@ def test_a_difference_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "DIFFERS" in done.stdout
-    assert "beyond the bound 5e-06: nothing is left at" in done.stderr
+    assert "beyond the bound 5e-06. Nothing is left at" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
