@@ -1,15 +1,48 @@
 """A file whole or not at all."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mae_jax.errors import StatedError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+JSON_BYTES = 2**26  # of one file: that of a dataset of fourteen million names has more, and is given its own limit
+
+
+def parse_json(content: bytes, origin: object, field: str | None = None) -> Any:
+    """Parse JSON that may come from anywhere; its size is bounded by whoever read it.
+
+    Raises:
+      StatedError: it is not JSON, or nested too deep, or has a number of too many digits; `origin` names its place in
+        the message, `field` in the error.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise StatedError(f"{origin} is not used: its JSON is nested too deep", field=field) from error
+    except ValueError as error:  # not UTF-8, not JSON, or an integer of more digits than Python converts
+        raise StatedError(f"{origin} is not JSON: {str(error)[:200]}", field=field) from error
+
+
+def read_json(path: Path, field: str | None = None, limit: int = JSON_BYTES) -> Any:
+    """Read a JSON file of at most `limit` bytes that may come from anywhere.
+
+    Raises:
+      StatedError: it is larger, or as `parse_json`.
+      OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise StatedError(f"{path} is not used: it has more than {limit:,} bytes", field=field)
+    return parse_json(content, path, field)
 
 
 @contextlib.contextmanager

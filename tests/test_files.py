@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from mae_jax.errors import StatedError
-from mae_jax.files import check_picture, save_picture, write_atomically
+from mae_jax.files import check_picture, read_json, save_picture, write_atomically
+from tests.refusals import refused
 
 
 def test_what_was_there_stays_where_there_is_no_room(tmp_path, monkeypatch):
@@ -53,3 +54,32 @@ def test_a_picture_that_could_not_be_written_is_refused_before_any_work(tmp_path
     ):
         with pytest.raises(StatedError, match=f"^sheet {path} .*{said}"):
             check_picture(path, "sheet")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deep"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deep"),
+        (b"[" + b"9" * 5000 + b"]", "is not JSON: Exceeds the limit"),
+        (b"[1, 2", "is not JSON: "),
+        (b"", "is not JSON: "),
+        (b"\xff\xfe\xfd", "is not JSON: "),
+        (b"[" + b"1, " * 400_000 + b"1]", "has more than 1,000,000 bytes"),
+    ],
+    ids=["lists", "objects", "digits", "cut short", "empty", "not text", "large"],
+)
+def test_json_of_any_origin_is_read_within_bounds(tmp_path, content, words):
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with refused("a.json", str(file), words):
+        read_json(file, "a.json", limit=1_000_000)
+    file.write_text('{"a": [1, null, "b"]}')
+    assert read_json(file) == {"a": [1, None, "b"]}
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none")
+
+
+def test_an_endless_file_is_read_within_bounds():
+    with refused(None, "/dev/zero"):
+        read_json(Path("/dev/zero"), limit=1000)
