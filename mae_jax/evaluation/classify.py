@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mae_jax.config import AugmentConfig, ClassifierConfig, FinetuneConfig, wide
 from mae_jax.data.evaluation import evaluation_batches, load_samples
 from mae_jax.data.sources.source import Source
-from mae_jax.data.sources.split import Chosen
+from mae_jax.data.sources.split import Subset
 from mae_jax.errors import StatedError
 from mae_jax.files import save_picture
 from mae_jax.hosts import Hosts
@@ -93,7 +93,7 @@ def judge(
     places = [
         first * batch + hosts.index * own + row for first in range(count) for row in range(own)
     ]  # of this host's rows; those beyond the end are not counted
-    shown = Chosen(source, [min(place, len(source) - 1) for place in places])
+    shown = Subset(source, [min(place, len(source) - 1) for place in places])
     model = config.model
     found: list[tuple[np.ndarray, ...]] = []
     read = evaluation_batches(shown, model.image_hw, model.in_channels, own, share=config.augment.evaluation_crop)

@@ -4,26 +4,25 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+
 import jax
 import numpy as np
+
 from mae_jax.config import FinetuneConfig
-from mae_jax.data.sources.split import split_for_training
 from mae_jax.data.sources.source import Source, absolute, open_source
+from mae_jax.data.sources.split import split_for_training
 from mae_jax.errors import StatedError
-from mae_jax.evaluation.classify import CONFUSION, WORST, write_mistakes
-from mae_jax.evaluation.classify import Outcomes, judge
-from mae_jax.storage.checkpoints import BEST, drop_later, save_best
-from mae_jax.train.build import build_engine, run_length
+from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, judge, write_mistakes
 from mae_jax.hosts import Hosts
 from mae_jax.runs.initial import Say, start_from
-from mae_jax.runs.loop import Finished
 from mae_jax.runs.log import read_metrics
-from mae_jax.train.objective import Params
+from mae_jax.runs.loop import Finished
 from mae_jax.runs.run import Room, run
-from mae_jax.train.step import TrainState, init_state
+from mae_jax.storage.checkpoints import BEST, drop_later, save_best
 from mae_jax.storage.workdir import checkpoint_folders, make_writable, unwritable
-
-
+from mae_jax.train.build import build_engine, run_length
+from mae_jax.train.objective import Params
+from mae_jax.train.step import TrainState, init_state
 
 ALONE = Hosts()
 EVALUATED = "evaluated"  # beside what a run in the same folder has drawn

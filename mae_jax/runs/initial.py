@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from mae_jax.config import ClassifierConfig, FinetuneConfig, ModelConfig, RunConfig
 from mae_jax.errors import StatedError
 from mae_jax.models.positions import fixed_positions
@@ -13,11 +15,9 @@ from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import encoder_config
 from mae_jax.port.read import is_run, read_weights
 from mae_jax.port.weights import Weights
+from mae_jax.storage.workdir import find_checkpoint, read_record
 from mae_jax.train.objective import Params
 from mae_jax.train.step import TrainState
-from mae_jax.storage.workdir import find_checkpoint, read_record
-
-
 
 Say = Callable[[str], None]
 

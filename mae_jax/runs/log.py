@@ -2,22 +2,23 @@
 
 import contextlib
 import io
+import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
 import numpy as np
 from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
-import json
-import sys
-from types import TracebackType
-from typing import Any, Self
 from tqdm import tqdm
-from mae_jax.files import write_atomically
-from mae_jax.errors import StatedError
 
+from mae_jax.errors import StatedError
+from mae_jax.files import write_atomically
 
 
 class Events:

@@ -1,32 +1,32 @@
 """The loop over steps, and what happens between them: the log, checkpoints, the end."""
 
-from collections.abc import Callable
-import numpy as np
-from mae_jax.data.images.decode import BrokenImage
-from mae_jax.data.sources.source import Source
-from mae_jax.errors import StatedError
 import contextlib
 import dataclasses
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
+
 from mae_jax.config import FinetuneConfig, RunConfig
+from mae_jax.data.images.decode import BrokenImage
+from mae_jax.data.sources.source import Source
 from mae_jax.data.stream import TrainingBatch, training_batches
-from mae_jax.train.build import Length
-from mae_jax.storage.checkpoints import Checkpoints
-from mae_jax.train.engines import Engine
+from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
 from mae_jax.runs.log import RunLog, SilentLog
-from mae_jax.train.objective import Batch, Params
 from mae_jax.runs.stop import StopRequest
+from mae_jax.storage.checkpoints import Checkpoints
+from mae_jax.train.build import Length
+from mae_jax.train.engines import Engine
+from mae_jax.train.objective import Batch, Params
 from mae_jax.train.step import Metrics, TrainState
-
 
 
 class BrokenFiles:

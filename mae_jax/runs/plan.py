@@ -9,17 +9,17 @@ import dataclasses
 import math
 import re
 from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
 from mae_jax.config import ModelConfig, PretrainConfig
 from mae_jax.errors import StatedError
 from mae_jax.models.flops import training_flops
 from mae_jax.train.build import Length, build_engine, state_shapes
 from mae_jax.train.mesh import DATA, SHARD, MeshEngine
 from mae_jax.train.objective import Batch
-
-
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -1,20 +1,20 @@
 """A pretraining run: the loop with pictures of reconstructions."""
 
 import dataclasses
+
 import jax
 import numpy as np
+
 from mae_jax.config import PretrainConfig
 from mae_jax.data.evaluation import load_samples
 from mae_jax.data.sources.source import Source, absolute, open_source
 from mae_jax.evaluation.reconstruct import draw, reconstruct, sample_noise
 from mae_jax.hosts import Hosts
 from mae_jax.runs.loop import Finished
-from mae_jax.train.objective import Params
-from mae_jax.runs.target import with_fitted_target
 from mae_jax.runs.run import Room, run
+from mae_jax.runs.target import with_fitted_target
+from mae_jax.train.objective import Params
 from mae_jax.train.step import TrainState
-
-
 
 ALONE = Hosts()
 PICTURED = 8  # images in the pictures of reconstructions

@@ -1,31 +1,29 @@
 """One run, from its configuration to its last checkpoint: the room where everything meets."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from jax.errors import JaxRuntimeError
-from mae_jax.config import PretrainConfig, RunConfig
-from mae_jax.errors import StatedError
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
 import jax
-from mae_jax.config import RunConfig
+from jax.errors import JaxRuntimeError
+
+from mae_jax.config import PretrainConfig, RunConfig
 from mae_jax.data.sources.source import Source
-from mae_jax.storage.agreement import check_agreement, claim_together
-from mae_jax.train.build import Length, build_engine, run_length
-from mae_jax.storage.checkpoints import Checkpoints
-from mae_jax.train.engines import Engine
+from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
 from mae_jax.runs.initial import Say, start_from
-from mae_jax.runs.loop import Finished, Loop, Watch
 from mae_jax.runs.log import RunLog, SilentLog
-from mae_jax.train.step import select
+from mae_jax.runs.loop import Finished, Loop, Watch
 from mae_jax.runs.stop import StopRequest
-from mae_jax.train.step import TrainState, init_state, make_objective
+from mae_jax.storage.agreement import check_agreement, claim_together
+from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.storage.workdir import find_checkpoint
-
+from mae_jax.train.build import Length, build_engine, run_length
+from mae_jax.train.engines import Engine
+from mae_jax.train.step import TrainState, init_state, make_objective, select
 
 
 @contextmanager

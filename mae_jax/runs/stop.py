@@ -4,9 +4,8 @@ import os
 import signal
 from types import FrameType, TracebackType
 from typing import Self
+
 from jax.experimental import multihost_utils
-
-
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -7,21 +7,21 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float
+
 from mae_jax import rng
 from mae_jax.config import PretrainConfig, wide
-from mae_jax.data.stream import TrainingBatch, training_batches
 from mae_jax.data.sources.source import Source
+from mae_jax.data.stream import TrainingBatch, training_batches
+from mae_jax.hosts import Hosts
 from mae_jax.models.patches import patchify
 from mae_jax.train.crops import crop_images
-from mae_jax.hosts import Hosts
 from mae_jax.train.objective import normalise_images
 from mae_jax.train.step import TrainState
-
-
 
 # 2^16 patches; a few of each crop, since those of one picture are alike.
 CROPS, PATCHES = 4096, 16

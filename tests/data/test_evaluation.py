@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mae_jax.data.evaluation import evaluation_batches, load_images, load_samples
-from mae_jax.data.images.pictures import to_array
-from mae_jax.data.images.transforms import center_crop
+from mae_jax.data.images.decode import to_array
+from mae_jax.data.images.resize import center_crop
 from mae_jax.data.sources.source import open_source
 from mae_jax.errors import StatedError
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mae_jax.config import ModelConfig, PretrainConfig
-from mae_jax.data.images.pictures import Squeezed, to_array
+from mae_jax.data.images.decode import Squeezed, to_array
 from mae_jax.data.inspect import inspect_source, write_sheet
 from mae_jax.data.loader import join
 from mae_jax.data.prepare import Plan, prepare

@@ -10,7 +10,7 @@ import pytest
 from mae_jax.config import AugmentConfig, FinetuneConfig, ModelConfig, TransformerConfig
 from mae_jax.data.images.decode import BrokenImage
 from mae_jax.data.sources.source import open_source
-from mae_jax.data.sources.split import Chosen
+from mae_jax.data.sources.split import Subset
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.classify import confusion_matrix, draw_confusion, draw_worst, judge
 from mae_jax.hosts import Hosts
@@ -34,7 +34,7 @@ CONFIG = FinetuneConfig(
 )
 
 
-class WithBroken(Chosen):
+class WithBroken(Subset):
     """The fourth image does not decode."""
 
     def load(self, index):
@@ -88,7 +88,7 @@ def test_equal_scores_go_to_the_first_class(params):
 def test_what_is_not_finite_names_nothing(params):
     """No score is above nan; that does not make it the best."""
     ruined = params | {"head": jax.tree.map(lambda x: x * jnp.nan, params["head"])}
-    source = Chosen(open_source("digits", 1), range(20))
+    source = Subset(open_source("digits", 1), range(20))
     assert judged(ruined, source).top(5)[0] == 0
     both = params | {"head": jax.tree.map(lambda x, y: jnp.stack([x, y]), ruined["head"], params["head"])}
     found = judged(both, source, dataclasses.replace(CONFIG, last_blocks=0, sweep=(0.1, 0.2)))
@@ -97,7 +97,7 @@ def test_what_is_not_finite_names_nothing(params):
 
 
 def test_images_of_which_none_can_be_asked(params):
-    class Nothing(Chosen):
+    class Nothing(Subset):
         def label(self, index):
             return -1
 
@@ -107,7 +107,7 @@ def test_images_of_which_none_can_be_asked(params):
 
 def test_heads_of_a_sweep(params):
     config = dataclasses.replace(CONFIG, last_blocks=0, sweep=(0.1, 0.2))
-    source = Chosen(open_source("digits", 1), range(50))
+    source = Subset(open_source("digits", 1), range(50))
     two = params | {"head": jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x), x]), params["head"])}
     found = judged(two, source, config)
     np.testing.assert_array_equal(found.rank[1], judged(params, source).rank[0])

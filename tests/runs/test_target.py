@@ -19,8 +19,7 @@ from mae_jax.runs.pretrain import pretrain
 from mae_jax.storage.checkpoints import load_params
 from mae_jax.train import pca
 from mae_jax.train.objective import normalise_images
-from mae_jax.train.step import loss_and_gradients
-from mae_jax.train.step import init_state, make_step
+from mae_jax.train.step import init_state, loss_and_gradients, make_step
 
 
 @pytest.fixture

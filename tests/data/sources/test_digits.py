@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from mae_jax.data.images.pictures import to_array
+from mae_jax.data.images.decode import to_array
 from mae_jax.data.sources.source import open_source
 from mae_jax.errors import StatedError
 

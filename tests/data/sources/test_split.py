@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mae_jax.data.sources.source import open_source
-from mae_jax.data.sources.split import Chosen, split_for_training
+from mae_jax.data.sources.split import Subset, split_for_training
 from mae_jax.errors import StatedError
 
 
@@ -60,5 +60,5 @@ def test_images_without_classes_are_refused(tmp_path):
 
 
 def test_chosen_in_any_order():
-    some = Chosen(open_source("digits", 1), [7, 7, 0])
+    some = Subset(open_source("digits", 1), [7, 7, 0])
     assert [some.name(i) for i in range(len(some))] == ["digits[7]", "digits[7]", "digits[0]"]

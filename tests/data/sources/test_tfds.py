@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mae_jax.config import ModelConfig, PretrainConfig
-from mae_jax.data.images.pictures import JpegPicture, to_array
+from mae_jax.data.images.decode import JpegPicture, to_array
 from mae_jax.data.loader import join
 from mae_jax.data.sources.digits import DigitsSource
 from mae_jax.data.sources.source import open_source
