@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax
 from orbax.checkpoint import multihost
 
-from mae_jax.config import RunConfig
+from mae_jax.config import Run
 from mae_jax.errors import StatedError
 
 HEARTBEAT = 2.0  # seconds
@@ -170,7 +170,7 @@ def _cluster() -> bool:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or importlib.util.find_spec("libtpu") is not None
 
 
-def _start(config: RunConfig) -> bool:
+def _start(config: Run) -> bool:
     """Meet the other hosts, as the configuration or the cluster says; False where there are none."""
     if config.num_processes == 1:
         return False
@@ -200,7 +200,7 @@ def _start(config: RunConfig) -> bool:
 
 
 @contextlib.contextmanager
-def joined(config: RunConfig) -> Iterator[Hosts]:
+def joined(config: Run) -> Iterator[Hosts]:
     """The hosts of a run, from when all have come until all have done.
 
     One that fails tells the others, and must then leave without waiting for them (`os._exit`).

@@ -19,7 +19,7 @@ from mae_jax.config import (
     PretrainConfig,
     TransformerConfig,
 )
-from mae_jax.presets import PRESETS
+from mae_jax.presets.pretraining import PRESETS
 
 NARROW = TransformerConfig(width=8, depth=1, heads=2)
 ONE_CHANNEL = ModelConfig(image_size=8, patch_size=2, in_channels=1, encoder=NARROW, decoder=NARROW)

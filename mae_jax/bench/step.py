@@ -14,7 +14,7 @@ import numpy as np
 
 from mae_jax.config import MODELS, AttentionKernel, AugmentConfig, Dtype, ModelConfig, OptimConfig, PretrainConfig
 from mae_jax.errors import StatedError
-from mae_jax.presets import PRESETS
+from mae_jax.presets.pretraining import PRESETS
 from mae_jax.train.engines import check_attention, choose_devices, pmap_engine
 from mae_jax.train.objective import Batch
 from mae_jax.train.step import init_state, make_step

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from mae_jax.cli import compiled, cpu
 from mae_jax.cli.flags import end_run, plain, prepare_jax, read_flags
 from mae_jax.config import FinetuneConfig
-from mae_jax.presets import FINETUNE, PROBE
+from mae_jax.presets.transfer import FINETUNE, PROBE
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneFlags(FinetuneConfig):
     """The fields of a run of a classifier, and the command's own."""
 
@@ -39,10 +39,9 @@ def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], Fi
     prepare_jax(config.model.dtype)
     from mae_jax.hosts import joined
     from mae_jax.runs.finetune import EVALUATED, evaluate, finetune
-    from mae_jax.runs.run import too_little_is_told
 
     compiled.keep_compiled()
-    with joined(config) as hosts, too_little_is_told(config):
+    with joined(config) as hosts:
         if not flags.eval_only:
             finished = finetune(config, hosts)
             return end_run(finished, args, prog)

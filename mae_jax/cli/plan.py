@@ -9,7 +9,7 @@ from mae_jax.config import PretrainConfig
 from mae_jax.presets.pretraining import PRESETS
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanFlags(PretrainConfig):
     """The fields of a pretraining run, and what is known of a device."""
 

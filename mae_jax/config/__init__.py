@@ -3,7 +3,6 @@
 A combination that cannot work raises ValueError where it is built, naming both fields and their values.
 """
 
-from mae_jax.config.inputs import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, MixConfig
 from mae_jax.config.model import (
     MODELS,
     AttentionKernel,
@@ -17,27 +16,28 @@ from mae_jax.config.model import (
     TransformerConfig,
     wide,
 )
-from mae_jax.config.optim import OptimConfig
-from mae_jax.config.runs import OF_ONE_HOST, OPERATIONAL, FinetuneConfig, PretrainConfig, RunConfig
+from mae_jax.config.runs import FinetuneConfig, HostConfig, OperationConfig, PretrainConfig, Run, RunConfig
+from mae_jax.config.training import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, MixConfig, OptimConfig
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MODELS",
-    "OF_ONE_HOST",
-    "OPERATIONAL",
     "AttentionKernel",
     "AugmentConfig",
     "ClassifierConfig",
     "Dtype",
     "FinetuneConfig",
+    "HostConfig",
     "Masking",
     "MixConfig",
     "ModelConfig",
+    "OperationConfig",
     "OptimConfig",
     "Pooling",
     "Positions",
     "PretrainConfig",
+    "Run",
     "RunConfig",
     "Size",
     "TransformerConfig",

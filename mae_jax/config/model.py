@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from mae_jax.config.checks import require_positive, require_unit_interval, require_whole
 
@@ -56,6 +56,8 @@ class TransformerConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     """A masked autoencoder. The defaults are ViT-B/16 at 224 with the paper's decoder (He et al. 2021, Table 1)."""
+
+    kind: ClassVar[Literal["mae"]] = "mae"
 
     image_size: Size = 224  # pixels: a side, or (height, width)
     patch_size: Size = 16
@@ -201,6 +203,8 @@ MODELS = {
 @dataclass(frozen=True)
 class ClassifierConfig:
     """An encoder with a linear head (He et al. 2021, section 4 and appendix A.1)."""
+
+    kind: ClassVar[Literal["classifier"]] = "classifier"
 
     model: ModelConfig = ModelConfig()  # of which the decoder and the masks play no part
     classes: int = 1000

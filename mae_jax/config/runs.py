@@ -2,17 +2,53 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mae_jax.config.checks import require_positive, require_whole
-from mae_jax.config.inputs import AugmentConfig, MixConfig
 from mae_jax.config.model import ClassifierConfig, ModelConfig, Pooling
-from mae_jax.config.optim import OptimConfig
+from mae_jax.config.training import AugmentConfig, MixConfig, OptimConfig
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """What every training run says: what is trained, on what, for how long, and where it is kept."""
+@dataclass(frozen=True, kw_only=True)
+class HostConfig:
+    """What one process is given for itself: the hosts of one run may differ in it."""
+
+    coordinator: str | None = None  # HOST:PORT of host 0, where several hosts run together
+    process_id: int | None = None  # which of them this one is, 0 .. num_processes - 1
+    workers: int | None = None  # processes that read and crop; by default as many as the data wants and the cores allow
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationConfig(HostConfig):
+    """Where and how fast a run goes, not what it computes: it may differ when a run continues."""
+
+    workdir: str = "runs/run"
+    engine: Literal["pmap", "jit", "fsdp"] = "pmap"  # pmap: one host; fsdp: the state is cut over devices
+    devices: int | None = None  # the first so many devices of each host; all by default
+    fsdp: int | None = None  # devices that engine fsdp cuts one copy of the state over; by default all
+    num_processes: int | None = None  # how many hosts run together
+    log_every: int = 50  # steps
+    save_every: int = 1000  # steps
+    keep: int = 3  # newest checkpoints
+    keep_every: int | None = None  # steps: checkpoints at multiples of this are kept for good
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOperation(OperationConfig):
+    """The same of a pretraining run."""
+
+    workdir: str = "runs/pretrain"
+    reconstruct_every: int | None = 1000  # steps: a picture of reconstructions into the event file
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(OperationConfig):
+    """What every training run is given: what is trained, on what, for how long.
+
+    All fields but those of its `operation` decide what is computed, and must stay when a run continues.
+    """
+
+    operation: ClassVar[type[OperationConfig]] = OperationConfig
 
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -26,20 +62,7 @@ class RunConfig:
     epochs: float = 800.0
     steps: int | None = None  # in place of epochs
     seed: int = 0
-
     init: str | None = None  # start from these weights: a run, or a PyTorch checkpoint that `mae-jax port` reads
-    workdir: str = "runs/run"
-    engine: Literal["pmap", "jit", "fsdp"] = "pmap"  # pmap: one host; fsdp: the state is cut over devices
-    devices: int | None = None  # the first so many devices of each host; all by default
-    fsdp: int | None = None  # devices that engine fsdp cuts one copy of the state over; by default all
-    coordinator: str | None = None  # HOST:PORT of host 0, where several hosts run together
-    process_id: int | None = None  # which of them this one is, 0 .. num_processes - 1
-    num_processes: int | None = None  # how many they are
-    workers: int | None = None  # processes that read and crop; by default as many as the data wants and the cores allow
-    log_every: int = 50  # steps
-    save_every: int = 1000  # steps
-    keep: int = 3  # newest checkpoints
-    keep_every: int | None = None  # steps: checkpoints at multiples of this are kept for good
 
     def __post_init__(self) -> None:
         require_positive(self, "epochs")
@@ -95,12 +118,14 @@ class RunConfig:
             raise ValueError(f"coordinator {self.coordinator} is not HOST:PORT")
 
 
-@dataclass(frozen=True)
-class PretrainConfig(RunConfig):
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig, PretrainOperation):
     """One pretraining run, whole."""
 
-    workdir: str = "runs/pretrain"
-    reconstruct_every: int | None = 1000  # steps: a picture of reconstructions into the event file
+    kind: ClassVar[Literal["pretraining"]] = "pretraining"
+    operation: ClassVar[type[OperationConfig]] = PretrainOperation
+
+    workdir: str = PretrainOperation.workdir
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,9 +133,11 @@ class PretrainConfig(RunConfig):
             require_whole(self, "reconstruct_every")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
     """One run of a classifier on an encoder: fine-tuned, in part or whole, or linear probing."""
+
+    kind: ClassVar[Literal["classification"]] = "classification"
 
     workdir: str = "runs/finetune"
     pooling: Pooling = "mean"
@@ -163,19 +190,4 @@ class FinetuneConfig(RunConfig):
         return ClassifierConfig(self.model, self.classes, self.pooling, self.drop_path)
 
 
-# Fields in which the hosts of one run may differ.
-OF_ONE_HOST = frozenset({"coordinator", "process_id", "workers"})
-
-# Fields that change where and how fast a run goes, not what it computes: they may differ when a run continues.
-OPERATIONAL = OF_ONE_HOST | {
-    "num_processes",
-    "workdir",
-    "engine",
-    "devices",
-    "fsdp",
-    "log_every",
-    "save_every",
-    "keep",
-    "keep_every",
-    "reconstruct_every",
-}
+Run = PretrainConfig | FinetuneConfig  # which of the two: its `kind`

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from mae_jax import rng
-from mae_jax.config import AugmentConfig, ClassifierConfig, ModelConfig, PretrainConfig
+from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig
+from mae_jax.models import Params
 from mae_jax.models.classifier import Classifier
 from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import Config, encoder_config
 from mae_jax.port.read import is_run, read_weights, require_applicable
 from mae_jax.storage.checkpoints import load_params
 from mae_jax.storage.workdir import find_checkpoint, read_record
-from mae_jax.train.objective import Params
 from mae_jax.train.step import init_state
 
 
@@ -50,7 +50,7 @@ def load_pretrained(source: str, encoder_heads: int | None = None, say: Callable
     if is_run(source):
         checkpoint = find_checkpoint(source)
         kept = read_record(checkpoint).config
-        if isinstance(kept, PretrainConfig):
+        if kept.kind == "pretraining":
             require_applicable(hints, kept, Path(source))
             run, params, step = load_params(checkpoint)
             return Pretrained(str(checkpoint), run.model, params, run.augment, step, run, run.data)
@@ -71,7 +71,7 @@ def load_pretrained(source: str, encoder_heads: int | None = None, say: Callable
 def untrained(pretrained: Pretrained) -> Params:
     """The parameters that a run started from; of a PyTorch checkpoint, random ones of the same model (seed 0)."""
     config = pretrained.config
-    if isinstance(config, ClassifierConfig):
+    if config.kind == "classifier":
         images = jnp.zeros((1, *config.model.image_hw, config.model.in_channels))
         return jax.jit(Classifier(config).init)(rng.device_key(0, "init"), images)["params"]
     return init_state(pretrained.run or PretrainConfig(model=config, augment=pretrained.augment)).params

@@ -1,5 +1,6 @@
 """Before the first step: do all hosts run the same thing?"""
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mae_jax
-from mae_jax.config import OF_ONE_HOST, RunConfig
+from mae_jax.config import HostConfig, Run
 from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
 from mae_jax.storage.workdir import claim, config_to_dict, flatten
@@ -25,13 +26,14 @@ def code_version() -> dict[str, str]:
     return {"mae_jax code": digest.hexdigest()[:12]} | {name: importlib.metadata.version(name) for name in VERSIONS}
 
 
-def facts(config: RunConfig, examples: int) -> dict[str, Any]:
+def facts(config: Run, examples: int) -> dict[str, Any]:
     """What must be the same on all hosts."""
-    fields = {name: value for name, value in flatten(config_to_dict(config)).items() if name not in OF_ONE_HOST}
+    own = {field.name for field in dataclasses.fields(HostConfig)}
+    fields = {name: value for name, value in flatten(config_to_dict(config)).items() if name not in own}
     return fields | {"images": examples} | code_version()
 
 
-def check_agreement(hosts: Hosts, config: RunConfig, examples: int) -> None:
+def check_agreement(hosts: Hosts, config: Run, examples: int) -> None:
     """Compare what all hosts are about to run.
 
     Raises:
@@ -49,7 +51,7 @@ def check_agreement(hosts: Hosts, config: RunConfig, examples: int) -> None:
         raise StatedError(f"the hosts do not run the same: {'; '.join(differing)}. Start all of them alike.")
 
 
-def claim_together(hosts: Hosts, config: RunConfig, examples: int | None = None) -> Path:
+def claim_together(hosts: Hosts, config: Run, examples: int | None = None) -> Path:
     """`claim` by the first host; the others must see what it wrote.
 
     Raises:

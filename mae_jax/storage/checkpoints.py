@@ -19,9 +19,10 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 
-from mae_jax.config import FinetuneConfig, PretrainConfig, RunConfig
+from mae_jax.config import FinetuneConfig, PretrainConfig, Run
 from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
+from mae_jax.models import Params
 from mae_jax.storage.checksums import check_fingerprint, fingerprint
 from mae_jax.storage.workdir import (
     CHECKPOINTS,
@@ -32,7 +33,6 @@ from mae_jax.storage.workdir import (
     read_record,
     unwritable,
 )
-from mae_jax.train.objective import Params
 from mae_jax.train.step import init_state
 
 
@@ -146,7 +146,7 @@ class Checkpoints:
     def __init__(
         self,
         workdir: Path,
-        config: RunConfig,
+        config: Run,
         examples: int | None = None,
         hosts: Hosts = ALONE,
         newest_only: bool = False,
@@ -318,7 +318,7 @@ class Exported(NamedTuple):
     params: Params
 
 
-def save_params(path: Path, config: RunConfig, params: Params) -> None:
+def save_params(path: Path, config: Run, params: Params) -> None:
     """Write parameters, of the whole model or of its encoder alone, as a checkpoint that `load_params` reads."""
     exported = Exported(jax.tree.map(jnp.asarray, params))
     record = {"config": config_to_dict(config), "fingerprint": fingerprint(exported)}
@@ -339,7 +339,7 @@ def load_params(
         all asks for one.
     """
     config, params, step = load_any(run_or_checkpoint)
-    if not isinstance(config, PretrainConfig):
+    if config.kind != "pretraining":
         raise StatedError(f"{run_or_checkpoint} holds a classifier, and this needs a pretraining run")
     if part == "all" and "decoder" not in params:
         raise StatedError(f"{run_or_checkpoint} holds an encoder alone, and this needs the decoder too")
@@ -353,12 +353,12 @@ def load_classifier(run_or_checkpoint: str | Path) -> tuple[FinetuneConfig, Para
       StatedError: there is no checkpoint, it cannot be read, or it is a pretraining run's.
     """
     config, params, step = load_any(run_or_checkpoint)
-    if not isinstance(config, FinetuneConfig):
+    if config.kind != "classification":
         raise StatedError(f"{run_or_checkpoint} holds no classifier: it is a pretraining run's")
     return config, params, step
 
 
-def load_any(run_or_checkpoint: str | Path) -> tuple[RunConfig, Params, int]:
+def load_any(run_or_checkpoint: str | Path) -> tuple[Run, Params, int]:
     """The same of either kind. The configuration's attention is xla, whatever the run had.
 
     Raises:
@@ -373,7 +373,7 @@ def load_any(run_or_checkpoint: str | Path) -> tuple[RunConfig, Params, int]:
         here = SingleDeviceSharding(jax.devices()[0])
         shapes = getattr(jax.eval_shape(lambda: init_state(config)), kind)
         item = {kind: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
-        if isinstance(config, PretrainConfig) and not any("['decoder']" in key for key in recorded):
+        if config.kind == "pretraining" and not any("['decoder']" in key for key in recorded):
             item[kind] = {"encoder": item[kind]["encoder"]}
         with quiet_threads(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arguments = ocp.args.PyTreeRestore(
@@ -401,7 +401,7 @@ def drop_later(workdir: Path, step: int, hosts: Hosts) -> None:
     hosts.gather(f"best from {step}", "")
 
 
-def save_best(workdir: Path, step: int, config: RunConfig, params: Params, hosts: Hosts) -> None:
+def save_best(workdir: Path, step: int, config: Run, params: Params, hosts: Hosts) -> None:
     """Write parameters to WORKDIR/best, which commands take as they take a run; the one before goes then.
 
     On several hosts all of them call this.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import dacite
 
-from mae_jax.config import OPERATIONAL, FinetuneConfig, PretrainConfig, RunConfig
+from mae_jax.config import FinetuneConfig, PretrainConfig, Run
 from mae_jax.errors import StatedError
 from mae_jax.files import write_atomically
 
@@ -19,13 +19,13 @@ CHECKPOINTS = "checkpoints"
 RECORD = "record"  # what a checkpoint says of itself: {"config": ..., "fingerprint": ..., "examples": ...}
 
 
-_KINDS = {PretrainConfig: "pretraining", FinetuneConfig: "fine-tuning or probing"}
+CONFIGS: dict[str, type[Run]] = {config.kind: config for config in (PretrainConfig, FinetuneConfig)}
 
 
 class Record(NamedTuple):
     """What a checkpoint says of itself."""
 
-    config: RunConfig
+    config: Run
     fingerprint: dict[str, int]  # of each array
     examples: int | None  # how many the run's data had; None where there was no run
 
@@ -43,12 +43,12 @@ def unwritable(workdir: str, error: OSError) -> StatedError:
     return StatedError(f"workdir {workdir} cannot be written to ({error.strerror}): {advice}")
 
 
-def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """A configuration as what JSON can hold, the way it comes back: tuples as lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def config_to_dict(config: Run) -> dict[str, Any]:
+    """Take a configuration apart into what JSON can hold, the way it comes back: its kind, tuples as lists."""
+    return {"kind": config.kind} | json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def config_from_dict(values: dict[str, Any], origin: object) -> RunConfig:
+def config_from_dict(values: dict[str, Any], origin: object) -> Run:
     """The configuration that `config_to_dict` took apart; unknown fields and other types are refused.
 
     Raises:
@@ -60,14 +60,22 @@ def config_from_dict(values: dict[str, Any], origin: object) -> RunConfig:
             return {key: tuples(inner) for key, inner in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    kind = FinetuneConfig if "last_blocks" in values else PretrainConfig
+    # Version 0.1.0 wrote no kind.
+    kind = values.get("kind", FinetuneConfig.kind if "last_blocks" in values else PretrainConfig.kind)
+    if kind not in CONFIGS:
+        raise StatedError(
+            f"{origin} is of kind {str(kind)[:80]!r}, which this version does not know (there are: "
+            f"{', '.join(CONFIGS)})",
+            field="kind",
+        )
+    fields = {name: tuples(value) for name, value in values.items() if name != "kind"}
     try:
-        return dacite.from_dict(kind, tuples(values), dacite.Config(strict=True))
+        return dacite.from_dict(CONFIGS[kind], fields, dacite.Config(strict=True))
     except (dacite.DaciteError, ValueError, TypeError) as error:
         raise StatedError(f"{origin} is not a configuration of this version: {error}") from error
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Path) -> Run:
     """The configuration in a file.
 
     Raises:
@@ -134,13 +142,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return rows
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Fields that change what is computed and differ: (name, old value, new value)."""
+def differences(old: Run, new: Run) -> list[tuple[str, Any, Any]]:
+    """List what differs of two runs of one kind in what they compute: (field, old value, new value)."""
+    operation = {field.name for field in dataclasses.fields(old.operation)}
     olds, news = flatten(config_to_dict(old)), flatten(config_to_dict(new))
-    return [(key, olds[key], news[key]) for key in olds if key not in OPERATIONAL and olds[key] != news[key]]
+    return [(key, olds[key], news[key]) for key in olds if key not in operation and olds[key] != news[key]]
 
 
-def _started(workdir: Path) -> tuple[RunConfig | None, int | None]:
+def _started(workdir: Path) -> tuple[Run | None, int | None]:
     """What the run in a folder was started with, and on how many examples, as far as the folder tells."""
     records = []
     for folder in reversed(checkpoint_folders(workdir)):
@@ -160,7 +169,7 @@ def _started(workdir: Path) -> tuple[RunConfig | None, int | None]:
         raise StatedError(f"{error}. {advice}") from error
 
 
-def claim(config: RunConfig, examples: int | None = None) -> Path:
+def claim(config: Run, examples: int | None = None) -> Path:
     """Make the run's folder, or go on in it if it was started with the same configuration on as many examples
     (where their number is given).
 
@@ -170,10 +179,9 @@ def claim(config: RunConfig, examples: int | None = None) -> Path:
     workdir = Path(config.workdir).absolute()
     file = workdir / CONFIG_FILE
     started, had = _started(workdir)
-    if started is not None and type(started) is not type(config):
+    if started is not None and started.kind != config.kind:
         raise StatedError(
-            f"{config.workdir} holds a run of {_KINDS[type(started)]}, and this is {_KINDS[type(config)]}: "
-            "choose another --workdir."
+            f"{config.workdir} holds a run of kind {started.kind}, and this is {config.kind}: choose another --workdir."
         )
     if None not in (had, examples) and had != examples:
         raise StatedError(

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import jax
 
 from mae_jax import rng
-from mae_jax.config import RunConfig
+from mae_jax.config import Run
 from mae_jax.errors import StatedError
 from mae_jax.train.engines import Engine, check_attention, choose_devices, pmap_engine
-from mae_jax.train.mesh import mesh_engine
 from mae_jax.train.step import TrainState, init_state, make_step
 
 
@@ -23,7 +22,7 @@ class Length(NamedTuple):
     epochs: float
 
 
-def run_length(config: RunConfig, examples: int) -> Length:
+def run_length(config: Run, examples: int) -> Length:
     """The length of a run on so many examples.
 
     Raises:
@@ -38,12 +37,12 @@ def run_length(config: RunConfig, examples: int) -> Length:
     return Length(steps, steps_per_epoch, steps / steps_per_epoch)
 
 
-def state_shapes(config: RunConfig) -> TrainState:
+def state_shapes(config: Run) -> TrainState:
     """The state without its numbers."""
     return jax.eval_shape(lambda: init_state(config))
 
 
-def build_engine(config: RunConfig, length: Length) -> Engine:
+def build_engine(config: Run, length: Length) -> Engine:
     """The compiled step of a run on the devices that it asks for.
 
     Raises:
@@ -58,4 +57,6 @@ def build_engine(config: RunConfig, length: Length) -> Engine:
     check_attention(config.model, devices, fsdp)
     if config.engine == "pmap":
         return pmap_engine(lambda axis: build(axis_name=axis), devices, batch_size, accumulate)
+    from mae_jax.train.mesh import mesh_engine  # noqa: PLC0415 - few runs need it
+
     return mesh_engine(build(), state_shapes(config), devices, batch_size, accumulate, fsdp)

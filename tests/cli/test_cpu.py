@@ -12,7 +12,7 @@ import pytest
 
 from mae_jax.cli import cpu
 from mae_jax.config import MODELS
-from mae_jax.presets import PRESETS
+from mae_jax.presets.pretraining import PRESETS
 from tests.quick import as_users_compile
 
 CPU = {"JAX_PLATFORMS": "cpu"}

@@ -142,7 +142,7 @@ def test_probes_of_several_rates_at_once(run: Run, encoder: Path, tmp_path: Path
         ),
         (["probe", "digits", "--init={encoder}", "--accumulate=2"], "statistics of the whole batch: accumulate 2", 2),
         (["finetune", "digits", "--mix.mixup=0.8", "--batch-size=33"], "batch_size 33 is not divisible by 2 x 1", 1),
-        (["pretrain", "digits", "--workdir={finetuned}"], "holds a run of fine-tuning or probing", 1),
+        (["pretrain", "digits", "--workdir={finetuned}"], "holds a run of kind classification", 1),
     ],
 )
 def test_refusals(run: Run, finetuned: Path, encoder: Path, arguments: list[str], message: str, code: int) -> None:

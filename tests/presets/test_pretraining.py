@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mae_jax.models.flops import training_flops
-from mae_jax.presets import PRESETS
+from mae_jax.presets.pretraining import PRESETS
 from mae_jax.train.optimizers import learning_rate, peak_learning_rate
 from mae_jax.train.step import Batch, init_state, make_step
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from mae_jax.models.flops import classifier_flops
-from mae_jax.presets import FINETUNE, PROBE
+from mae_jax.presets.transfer import FINETUNE, PROBE
 from mae_jax.train.objective import Batch
 from mae_jax.train.optimizers import peak_learning_rate
 from mae_jax.train.step import init_state, make_step

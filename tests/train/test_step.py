@@ -9,7 +9,7 @@ import pytest
 
 from mae_jax import rng
 from mae_jax.models.mae import MaskedAutoencoder
-from mae_jax.presets import PRESETS
+from mae_jax.presets.pretraining import PRESETS
 from mae_jax.train.objective import Batch, normalise_images
 from mae_jax.train.optimizers import adamw_direction
 from mae_jax.train.step import init_state, loss_and_gradients, make_step
