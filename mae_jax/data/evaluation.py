@@ -79,7 +79,7 @@ def load_samples(
         if len(images) == count:
             break
     if not images:
-        first = f", {failure} the first of them. {failure.advice}" if failure else ""
+        first = f"; the first: {failure}. {failure.advice}" if failure else ""
         raise StatedError(f"no image decodes{first}", field="data")
     return np.stack(images)
 

@@ -110,7 +110,7 @@ def write_sheet(tiles: list[Image.Image], path: Path) -> None:
     sheet = Image.new("RGB", (_COLUMNS * _TILE, max(1, rows) * _TILE), "white")
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % _COLUMNS * _TILE, number // _COLUMNS * _TILE))
-    save_picture(sheet, path, "the contact sheet")
+    save_picture(sheet, path, "sheet")
 
 
 @dataclass(frozen=True)

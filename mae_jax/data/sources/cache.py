@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import filelock
 
@@ -22,8 +21,22 @@ LIMIT = "MAE_JAX_CACHE_GB"
 _PARTIAL, _LOCK = ".partial", ".lock"  # a file that is being fetched, and the lock of who fetches it
 
 
-def fetch(sha256: str, size: int, get: Callable[[str], None], origin: str) -> BinaryIO:
-    """Return an open file of the cache, fetched by `get(path)` if it is not there; in use until it is closed.
+class Held:
+    """A file of the cache that is in use: it stays there until this is closed, or forgotten."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self._descriptor = path, descriptor
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    __del__ = close
+
+
+def fetch(sha256: str, size: int, get: Callable[[str], None], origin: str) -> Held:
+    """Return a file of the cache, fetched by `get(path)` if it is not there.
 
     Of several processes that want it one fetches it, and the others wait.
 
@@ -71,17 +84,17 @@ def _fetch(path: Path, size: int, get: Callable[[str], None], origin: str) -> No
         partial.unlink(missing_ok=True)
 
 
-def _hold(path: Path) -> BinaryIO | None:
-    """Open a file so that it stays in the cache, as used now; None where it is not there."""
+def _hold(path: Path) -> Held | None:
+    """Take a file of the cache into use; None where it is not there."""
     with suppress(FileNotFoundError):
-        file = path.open("rb")
+        descriptor = os.open(path, os.O_RDONLY)
+        held = Held(path, descriptor)
         with suppress(OSError):  # a file system without locks: there nothing is removed
-            fcntl.flock(file, fcntl.LOCK_SH)
-        if os.fstat(file.fileno()).st_nlink:  # else it was removed between the two
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.fstat(descriptor).st_nlink:  # else it was removed between the two
             with suppress(OSError):
                 os.utime(path)
-            return file
-        file.close()
+            return held
     return None
 
 

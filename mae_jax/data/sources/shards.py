@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -19,7 +19,7 @@ class OnDisk(NamedTuple):
     """A file on this disk."""
 
     path: str
-    held: BinaryIO | None  # of a file in the cache: it stays there for as long as this is open
+    held: object  # of a file in the cache, which stays there for as long as this lives
 
 
 class Storage:
@@ -150,7 +150,7 @@ class Storage:
         from mae_jax.data.sources.cache import fetch  # noqa: PLC0415 - nothing is fetched that is here
 
         held = fetch(sha256, size, lambda path: self._fs.get_file(self._path(name), path), self._path(name))
-        return OnDisk(held.name, held)
+        return OnDisk(str(held.path), held)
 
     def _path(self, name: str) -> str:
         return f"{self._folder.rstrip('/')}/{name}"
