@@ -97,7 +97,8 @@ def judge(
     shown = Subset(source, [min(place, len(source) - 1) for place in places])
     model = config.model
     found: list[tuple[np.ndarray, ...]] = []
-    read = evaluation_batches(shown, model.image_hw, model.in_channels, own, share=config.augment.evaluation_crop)
+    share, workers = config.augment.evaluation_crop, config.workers
+    read = evaluation_batches(shown, model.image_hw, model.in_channels, own, share=share, workers=workers)
     with contextlib.closing(read) as batches:
         for number, rows in enumerate(batches):
             images = np.zeros((own, *model.image_hw, model.in_channels), np.uint8)

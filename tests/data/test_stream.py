@@ -1,11 +1,15 @@
 """The training stream: which image at which position, whoever reads it and from wherever it starts."""
 
 import hashlib
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,13 +19,14 @@ from mae_jax.data import loader
 from mae_jax.data.images.decode import BrokenImage, Decoded, to_array
 from mae_jax.data.loader import join, part_size
 from mae_jax.data.sources.source import Source, open_source
-from mae_jax.data.stream import TrainingBatch, augment, training_batches
+from mae_jax.data.stream import Order, TrainingBatch, augment, training_batches
 from mae_jax.errors import StatedError
 from mae_jax.rng import host_generator
 from mae_jax.runs.loop import BrokenFiles
 from mae_jax.train.crops import crop_images
 from tests.refusals import refused
 
+ROOT = Path(__file__).parents[2]
 CONFIG = PretrainConfig(model=ModelConfig(image_size=(16, 24), patch_size=8), batch_size=8, seed=5, workers=0)
 
 
@@ -193,14 +198,58 @@ def test_a_disk_that_has_gone_stops() -> None:
         read(Numbered(100, tuple(range(100))))
 
 
-def test_odd_files_are_read_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+ODD = """
+import sys
+from mae_jax.config import ModelConfig, PretrainConfig
+from mae_jax.data.images.decode import prepare_decoder
+from mae_jax.data.sources.source import open_source
+from mae_jax.data.stream import training_batches
+
+prepare_decoder()  # as the command line does for its own process
+for workers in (0, 1):
+    config = PretrainConfig(model=ModelConfig(image_size=16, patch_size=8), batch_size=8, workers=workers)
+    with training_batches(open_source(f"folder:{sys.argv[1]}", 3), config, stop_step=2) as batches:
+        assert all((batch["broken"] == -1).all() for batch in batches)
+"""
+
+
+def test_odd_files_are_read_without_a_word(tmp_path: Path) -> None:
     pixels = Image.new("RGB", (30, 20), "red")
     pixels.save(tmp_path / "exif.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff nothing")
     pixels.quantize(4).save(tmp_path / "palette.png", transparency=bytes([0, 128]))
-    source = open_source(f"folder:{tmp_path}", 3)
+    done = subprocess.run([sys.executable, "-c", ODD, tmp_path], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_reading_leaves_pillow_and_opencv_as_they_are(make_folder: Callable[..., Path]) -> None:
+    def settings() -> tuple[object, ...]:
+        return cv2.getNumThreads(), Image.core.get_blocks_max(), list(warnings.filters)
+
+    before = settings()
     for workers in (0, 1):
-        assert (read(source, replace(CONFIG, workers=workers))["broken"] == -1).all()
-    assert capfd.readouterr() == ("", "")
+        read(open_source(f"folder:{make_folder('photos', 10)}", 3), replace(CONFIG, workers=workers))
+    assert settings() == before
+
+
+def test_the_order_stays_with_every_version_of_grain() -> None:
+    """A run that is continued elsewhere shows the same images."""
+    assert [Order(10, 7)[group] for group in range(20)] == [4, 0, 3, 7, 2, 9, 6, 8, 1, 5, 5, 3, 6, 7, 9, 1, 0, 2, 4, 8]
+    assert [Order(1_281_167, 2**32 - 1)[group] for group in (0, 1, 1_281_166, 1_281_167, 10**9)] == [
+        815659,
+        649924,
+        810921,
+        1141324,
+        986588,
+    ]
+
+
+def test_images_that_are_too_large_are_no_fault_of_the_disk(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("1", (10_000, 9_000)).save(tmp_path / f"{number}.png")
+    source = open_source(f"folder:{tmp_path}", 3)
+    with refused("data", "89,478,485", "Cut or shrink images as large as that first.") as caught:
+        read(source)
+    assert "disk" not in str(caught.value)
 
 
 def test_a_closed_stream_has_ended() -> None:

@@ -12,6 +12,7 @@ from mae_jax.data.images.decode import BrokenImage
 from mae_jax.data.sources.source import open_source
 from mae_jax.data.sources.split import Subset
 from mae_jax.errors import StatedError
+from mae_jax.evaluation import classify
 from mae_jax.evaluation.classify import confusion_matrix, draw_confusion, draw_worst, judge
 from mae_jax.hosts import Hosts
 from mae_jax.models.classifier import Classifier
@@ -51,6 +52,17 @@ def params():
 def judged(params, source, config=CONFIG, devices=1):
     engine = build_engine(dataclasses.replace(config, devices=devices), run_length(config, len(source)))
     return judge(engine.place(params), source, config, engine.rows, devices, Hosts())
+
+
+def test_evaluation_reads_in_as_many_workers_as_training(params, monkeypatch):
+    asked, read = [], classify.evaluation_batches
+    monkeypatch.setattr(
+        classify, "evaluation_batches", lambda *args, **given: asked.append(given) or read(*args, **given)
+    )
+    source = WithBroken(open_source("digits", 1), range(30))
+    found = [judged(params, source, dataclasses.replace(CONFIG, workers=workers)) for workers in (None, 1)]
+    assert [given["workers"] for given in asked] == [None, 1]
+    np.testing.assert_array_equal(found[0].loss, found[1].loss)
 
 
 @pytest.mark.parametrize("devices", [1, 4])

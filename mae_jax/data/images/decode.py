@@ -51,6 +51,10 @@ class TooManyPixelsError(ValueError):
     """An image larger than MAX_PIXELS."""
 
 
+# Ours, and Pillow's own: it warns at the same number, which is an error where warnings are, and refuses twice of it.
+_TOO_MANY_PIXELS = TooManyPixelsError, Image.DecompressionBombError, Image.DecompressionBombWarning
+
+
 class Picture(Protocol):
     """An image of a known size that may not be decoded yet.
 
@@ -178,9 +182,7 @@ def decode(file: str | bytes, mode: str, name: str | None = None) -> Image.Image
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise TooManyPixelsError(
-                    f"{image.width} x {image.height} pixels; {MAX_PIXELS:,} are the most that is read"
-                )
+                raise TooManyPixelsError(f"{image.width} x {image.height} pixels")
             image.load()
             return _convert(_stand_upright(image), mode)
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and more
@@ -202,8 +204,10 @@ def read_file(path: str) -> bytes:
 
 def broken(name: str, error: Exception) -> BrokenImage:
     """Return what is wrong with a file, and what to do, for the error that reading it ended with."""
-    if isinstance(error, TooManyPixelsError | Image.DecompressionBombError):
-        return BrokenImage(name, str(error), "Cut or shrink images as large as that first.")
+    if isinstance(error, _TOO_MANY_PIXELS):
+        size = f"{error}; " if isinstance(error, TooManyPixelsError) else ""
+        reason = f"{size}{MAX_PIXELS:,} pixels are the most that is read"
+        return BrokenImage(name, reason, "Cut or shrink images as large as that first.")
     if isinstance(error, Image.UnidentifiedImageError):
         return BrokenImage(name, "not an image of a kind that Pillow reads")
     if isinstance(error, OSError) and error.errno is not None:
