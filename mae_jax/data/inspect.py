@@ -47,7 +47,7 @@ class Report:
         counts = np.bincount(self.labels[self.labels >= 0], minlength=len(self.class_names))
         lines = [f"{self.name}: {len(self.labels):,} images"]
         if len(counts):
-            lines.append(f"classes: {len(counts):,}, of {counts.min():,} to {counts.max():,} images")
+            lines.append(f"classes: {len(counts):,}, of {np.min(counts):,} to {np.max(counts):,} images")
         if unlabelled := int((self.labels < 0).sum()):
             lines.append(f"without a class: {unlabelled:,}")
         if len(self.sizes):
@@ -55,7 +55,7 @@ class Report:
                 ("shorter side", self.sizes.min(axis=1)),
                 ("longer side", self.sizes.max(axis=1)),
             ):
-                lines.append(f"{what}: {values.min()} to {values.max()} pixels, median {np.median(values):.0f}")
+                lines.append(f"{what}: {np.min(values)} to {np.max(values)} pixels, median {np.median(values):.0f}")
         lines.append(f"broken: {len(self.broken):,}")
         lines += [f"  {reason}" for reason in self.broken + self.damaged]
         return "\n".join(lines)

@@ -97,8 +97,9 @@ class _Worker:
             if self._function is not None:
                 self._pipe.send_bytes(self._function)
                 self._function = None
-            self._pipe.send(thing)
-            answer, *buffers = [self._pipe.recv_bytes() for _ in range(self._pipe.recv())]
+            self._pipe.send_bytes(pickle.dumps(thing))
+            count = pickle.loads(self._pipe.recv_bytes())
+            answer, *buffers = [self._pipe.recv_bytes() for _ in range(count)]
         except (EOFError, OSError) as error:
             raise self._death() from error
         result, failure = pickle.loads(answer, buffers=buffers)
@@ -126,9 +127,8 @@ def work(handle: int) -> None:
     with suppress(EOFError, OSError):  # the owner is gone
         function = _load(pipe.recv_bytes())
         while True:
-            answer = _answer(function, pipe.recv())
-            pipe.send(len(answer))
-            for part in answer:
+            answer = _answer(function, pickle.loads(pipe.recv_bytes()))
+            for part in (pickle.dumps(len(answer)), *answer):
                 pipe.send_bytes(part)
 
 
