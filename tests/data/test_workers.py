@@ -93,7 +93,7 @@ def fails_oddly(thing: int) -> Any:
 
 
 def test_what_cannot_be_pickled_is_named() -> None:
-    with pytest.raises((AttributeError, pickle.PicklingError), match="Can't (pickle|get) local object"):
+    with pytest.raises((AttributeError, pickle.PicklingError), match=r"Can't (pickle|get) local object"):
         list(OrderedMap(fails_oddly, [0], workers=1, threads=0))
     with pytest.raises(RuntimeError, match="OddError: 1 and 2"):
         list(OrderedMap(fails_oddly, [1], workers=1, threads=0))
