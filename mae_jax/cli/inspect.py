@@ -45,8 +45,8 @@ def inspect(
     prepare_decoder()
     images = open_source(data, channels, split)
     processes = default_readers(images.in_memory) if workers is None else workers
-    with progress(len(images)) as tell:
-        report = inspect_source(images, data, processes, samples, tell)
+    with progress(len(images)) as done:
+        report = inspect_source(images, data, processes, samples, done)
     print(report)
     write_sheet(report.tiles, sheet)
     print(f"wrote {sheet}")

@@ -51,8 +51,8 @@ def prepare(
         print(f"mae-jax prepare: {error}", file=sys.stderr)
         return 2
     processes = default_readers(images.in_memory) if workers is None else workers
-    with progress(len(images)) as tell:
-        done = write(images, plan, destination, processes, tell)
+    with progress(len(images)) as report:
+        done = write(images, plan, destination, processes, report)
     for line in done.broken[:20]:
         print(f"left out: {line}")
     print(

@@ -39,7 +39,22 @@ def default_readers(in_memory: bool) -> int:
     return 0 if in_memory else min(available_cores(), _MOST_READERS)
 
 
-class OrderedMap(Iterator[R], Generic[T, R]):
+class _Closed:
+    """What is closed at the end of a `with`."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class OrderedMap(_Closed, Iterator[R], Generic[T, R]):
     """`function` of each thing, in order, computed ahead. Close it, use it up, or use it in a `with`."""
 
     def __init__(
@@ -93,14 +108,6 @@ class OrderedMap(Iterator[R], Generic[T, R]):
         if self._executor is not None:
             self._executor.shutdown()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def _end(executor: ThreadPoolExecutor | None, end_workers: Callable[[], None] | None) -> None:
     if executor is not None:
@@ -114,7 +121,7 @@ def _end_batches(end_parts: Callable[[], object], joiner: ThreadPoolExecutor) ->
     end_parts()
 
 
-class Batches(Iterator[B], Generic[B]):
+class Batches(_Closed, Iterator[B], Generic[B]):
     """Batches in order, read ahead. Close it, or use it in a `with`: it holds threads, processes and memory.
 
     Reading starts at once, so that workers start while the model compiles.
@@ -157,14 +164,6 @@ class Batches(Iterator[B], Generic[B]):
         self._end()
         self._parts.close()
         self._joiner.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def part_size(batch_size: int) -> int:
