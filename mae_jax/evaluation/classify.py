@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mae_jax.config import AugmentConfig, ClassifierConfig, FinetuneConfig, wide
 from mae_jax.data.evaluation import evaluation_batches, load_samples
 from mae_jax.data.sources.source import Source
-from mae_jax.data.sources.split import Chosen
+from mae_jax.data.sources.split import Subset
 from mae_jax.errors import StatedError
 from mae_jax.files import save_picture
 from mae_jax.hosts import Hosts
@@ -97,7 +97,7 @@ def evaluate_classifier(
     batch = -(-min(_MOST * devices, len(source)) // devices) * devices
     own, count = batch // hosts.count, -(-len(source) // batch)
     indices = np.array([first * batch + hosts.index * own + row for first in range(count) for row in range(own)])
-    share = Chosen(source, np.minimum(indices, len(source) - 1).tolist())
+    share = Subset(source, np.minimum(indices, len(source) - 1).tolist())
     model = config.model
     found: list[tuple[np.ndarray, ...]] = []
     with contextlib.closing(
@@ -107,7 +107,7 @@ def evaluate_classifier(
             model.in_channels,
             own,
             share=config.augment.evaluation_crop,
-            workers=config.workers or 0,
+            workers=config.workers,
         )
     ) as batches:
         for number, rows in enumerate(batches):

@@ -204,10 +204,12 @@ def source_features(
     batch_size: int = 256,
     *,
     block: int | None = None,
+    workers: int | None = None,
     report: Callable[[int], object] = lambda images: None,
 ) -> Features:
     """Compute features (float32) of all images of a source, on all devices of this host.
 
+    workers: processes that read the images; by default threads do.
     report: called with the number of images of each batch, as it is done.
 
     Raises:
@@ -222,8 +224,9 @@ def source_features(
     batch_size = -(-min(batch_size, len(source)) // len(devices)) * len(devices)
     values = np.empty((len(source), model.encoder.width), np.float32)
     labels, broken, done = [np.empty(0, np.int32)], [np.empty(0, np.int64)], 0
+    share = augment.evaluation_crop
     with contextlib.closing(
-        evaluation_batches(source, model.image_hw, model.in_channels, batch_size, share=augment.evaluation_crop)
+        evaluation_batches(source, model.image_hw, model.in_channels, batch_size, share=share, workers=workers)
     ) as batches:
         for batch in batches:
             images = batch["image"]

@@ -6,6 +6,8 @@ Tables are computed in NumPy, in float64; those that a model learns are its para
 import numpy as np
 from jaxtyping import Array, Float
 
+from mae_jax.cubic import keys_cubic
+
 Images = Float[Array, "batch height width channels"]
 Patches = Float[Array, "batch patches values"]
 Table = Float[np.ndarray, "tokens width"]
@@ -110,8 +112,5 @@ def _bicubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
     # Four samples lie within the kernel; those beyond an edge repeat the one at it.
     for tap in range(-1, 3):
         place = np.floor(centre).astype(int) + tap
-        x = np.abs(centre - place)
-        near = 1.25 * x**3 - 2.25 * x**2 + 1
-        far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-        np.add.at(weights, (np.arange(new), place.clip(0, old - 1)), np.where(x <= 1, near, far))
+        np.add.at(weights, (np.arange(new), place.clip(0, old - 1)), keys_cubic(np.abs(centre - place), -0.75))
     return weights

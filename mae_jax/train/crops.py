@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from mae_jax.cubic import keys_cubic
+
 # Images that are cropped at a time: the rows between the two passes are float32, larger than the batch itself.
 _AT_ONCE = 64
 
@@ -43,11 +45,9 @@ def bicubic_weights(start: Float[Array, ""], stop: Float[Array, ""], size: int, 
     centres = start + (jnp.arange(out) + 0.5) * scale
     pixels = jnp.arange(size)
     x = jnp.abs(pixels + 0.5 - centres[:, None]) / widened
-    near, far = ((1.5 * x - 2.5) * x) * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
     # Pixels beyond the box do not count. Edges within a thousandth of a whole pixel are rounding of the box.
     inside = (pixels >= jnp.floor(start + 1e-3)) & (pixels < jnp.ceil(stop - 1e-3))
-    weights = jnp.where(inside, weights, 0)
+    weights = jnp.where(inside, keys_cubic(x, -0.5), 0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 

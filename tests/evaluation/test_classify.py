@@ -10,7 +10,8 @@ import pytest
 from mae_jax.config import AugmentConfig, FinetuneConfig, ModelConfig, TransformerConfig
 from mae_jax.data.images.decode import BrokenImage
 from mae_jax.data.sources.source import open_source
-from mae_jax.data.sources.split import Chosen
+from mae_jax.data.sources.split import Subset
+from mae_jax.evaluation import classify
 from mae_jax.evaluation.classify import confusion_matrix, draw_confusion, draw_worst, evaluate_classifier
 from mae_jax.hosts import Hosts
 from mae_jax.models.classifier import Classifier
@@ -34,7 +35,7 @@ CONFIG = FinetuneConfig(
 )
 
 
-class WithBroken(Chosen):
+class WithBroken(Subset):
     """The fourth image does not decode."""
 
     def load(self, index):
@@ -51,6 +52,17 @@ def params():
 def evaluated(params, source, config=CONFIG, devices=1):
     engine = build_engine(dataclasses.replace(config, devices=devices), run_length(config, len(source)))
     return evaluate_classifier(engine.place(params), source, config, engine.rows, devices, Hosts())
+
+
+def test_evaluation_reads_in_as_many_workers_as_training(params, monkeypatch):
+    asked, read = [], classify.evaluation_batches
+    monkeypatch.setattr(
+        classify, "evaluation_batches", lambda *args, **given: asked.append(given) or read(*args, **given)
+    )
+    source = WithBroken(open_source("digits", 1), range(30))
+    found = [evaluated(params, source, dataclasses.replace(CONFIG, workers=workers)) for workers in (None, 1)]
+    assert [given["workers"] for given in asked] == [None, 1]
+    np.testing.assert_array_equal(found[0].loss, found[1].loss)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -88,7 +100,7 @@ def test_equal_scores_go_to_the_first_class(params):
 def test_scores_that_are_not_finite_predict_nothing(params):
     """No score is above nan; that does not make it the best."""
     ruined = params | {"head": jax.tree.map(lambda x: x * jnp.nan, params["head"])}
-    source = Chosen(open_source("digits", 1), range(20))
+    source = Subset(open_source("digits", 1), range(20))
     assert evaluated(ruined, source).top(5)[0] == 0
     both = params | {"head": jax.tree.map(lambda x, y: jnp.stack([x, y]), ruined["head"], params["head"])}
     found = evaluated(both, source, dataclasses.replace(CONFIG, last_blocks=0, sweep=(0.1, 0.2)))
@@ -97,7 +109,7 @@ def test_scores_that_are_not_finite_predict_nothing(params):
 
 
 def test_images_of_which_none_has_a_class(params):
-    class Nothing(Chosen):
+    class Nothing(Subset):
         def label(self, index):
             return -1
 
@@ -107,7 +119,7 @@ def test_images_of_which_none_has_a_class(params):
 
 def test_heads_of_a_sweep(params):
     config = dataclasses.replace(CONFIG, last_blocks=0, sweep=(0.1, 0.2))
-    source = Chosen(open_source("digits", 1), range(50))
+    source = Subset(open_source("digits", 1), range(50))
     two = params | {"head": jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x), x]), params["head"])}
     found = evaluated(two, source, config)
     np.testing.assert_array_equal(found.rank[1], evaluated(params, source).rank[0])
