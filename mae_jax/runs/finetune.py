@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from mae_jax.data.sources.source import Source, absolute, open_source
 from mae_jax.data.sources.split import split_for_training
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, evaluate_classifier, write_mistakes
+from mae_jax.files import local_path
 from mae_jax.hosts import Hosts
 from mae_jax.models import Params
 from mae_jax.runs.initial import start_from
@@ -77,7 +77,7 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
         raise StatedError("init is not given: which weights are to be evaluated?", field="init")
     init = config.init
     config, _, val = open_data(config)
-    folder = Path(config.workdir) / EVALUATED
+    folder = local_path(config.workdir, "workdir") / EVALUATED
     if hosts.first:
         try:
             make_writable(folder)
