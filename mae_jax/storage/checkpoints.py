@@ -280,8 +280,7 @@ class Checkpoints:
 
     def _give_up(self, error: BaseException) -> None:
         """End this host and the others where there are any: they wait for each other inside Orbax."""
-        if self._hosts.watch is not None:
-            self._hosts.watch.give_up(self._why(error))
+        self._hosts.abandon(self._why(error))
 
     def _why(self, error: BaseException) -> str:
         whole = [int(path.parent.name) for path in self.folder.glob(f"*/{RECORD}") if path.parent.name.isdigit()]
@@ -370,7 +369,7 @@ def load_any(run_or_checkpoint: str | Path) -> tuple[Run, Params, int]:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     try:
         kind = "params" if config.optim.ema_decay is None else "average"
-        here = SingleDeviceSharding(jax.devices()[0])
+        here = SingleDeviceSharding(jax.local_devices()[0])
         shapes = getattr(jax.eval_shape(lambda: init_state(config)), kind)
         item = {kind: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
         if config.kind == "pretraining" and not any("['decoder']" in key for key in recorded):
@@ -420,8 +419,6 @@ def save_best(workdir: Path, step: int, config: Run, params: Params, hosts: Host
                 if int(saved.name) != step:
                     shutil.rmtree(saved)
     except (OSError, ValueError) as error:
-        if hosts.watch is not None:
-            hosts.watch.let_the_gone_be_named()
         raise StatedError(
             f"the best checkpoint cannot be written into {folder}: {str(error).splitlines()[0][:300]}. "
             "Make room there, and run the same command again."
