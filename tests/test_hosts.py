@@ -10,7 +10,7 @@ from mae_jax.hosts import Hosts, joined
 SCRIPT = """
 import sys
 from mae_jax.config import PretrainConfig
-from mae_jax.train import hosts
+from mae_jax import hosts
 hosts.START_WITHIN = 2
 config = PretrainConfig(coordinator="127.0.0.1:1", process_id=1, num_processes=2)
 with hosts.joined(config):

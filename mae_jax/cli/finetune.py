@@ -39,10 +39,9 @@ def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], Fi
     prepare_jax(config.model.dtype)
     from mae_jax.hosts import joined
     from mae_jax.runs.finetune import EVALUATED, evaluate, finetune
-    from mae_jax.runs.run import too_little_is_told
 
     compiled.keep_compiled()
-    with joined(config) as hosts, too_little_is_told(config):
+    with joined(config) as hosts:
         if not flags.eval_only:
             finished = finetune(config, hosts)
             return end_run(finished, args, prog)

@@ -16,9 +16,8 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     prepare_jax(config.model.dtype)
     from mae_jax.hosts import joined
     from mae_jax.runs.pretrain import pretrain
-    from mae_jax.runs.run import too_little_is_told
 
     compiled.keep_compiled()
-    with joined(config) as hosts, too_little_is_told(config):
+    with joined(config) as hosts:
         finished = pretrain(config, hosts)
     return end_run(finished, args, prog)

@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,12 +18,13 @@ from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig, wide
 from mae_jax.data.evaluation import load_images, load_samples
 from mae_jax.data.sources.source import open_source
 from mae_jax.errors import StatedError
+from mae_jax.models import Params
 from mae_jax.models.losses import from_coefficients, patch_statistics
 from mae_jax.models.mae import MaskedAutoencoder, Output
 from mae_jax.models.masking import Noise
 from mae_jax.models.patches import patchify, unpatchify
 from mae_jax.storage.checkpoints import load_params
-from mae_jax.train.objective import Params, normalise_images
+from mae_jax.train.objective import normalise_images
 
 Bytes = UInt8[Array, "batch height width channels"]
 
@@ -43,8 +45,15 @@ def sample_noise(seed: int, count: int, config: ModelConfig) -> Noise:
     )
 
 
-@partial(jax.jit, static_argnames=("model", "augment"))
-def _columns(params: Params, images: Bytes, noise: Noise, model: ModelConfig, augment: AugmentConfig) -> list[Bytes]:
+@partial(jax.jit, static_argnames=("model", "augment", "placement"))
+def _columns(
+    params: Params,
+    images: Bytes,
+    noise: Noise,
+    model: ModelConfig,
+    augment: AugmentConfig,
+    placement: NamedSharding | None,
+) -> list[Bytes]:
     dtype = wide(model.dtype)
     pixels = normalise_images(images, augment, dtype)
     output = cast(Output, MaskedAutoencoder(model).apply({"params": params}, pixels, noise))
@@ -64,7 +73,8 @@ def _columns(params: Params, images: Bytes, noise: Noise, model: ModelConfig, au
         centre, deviation = patch_statistics(patches)
         restored.append(output.pred * deviation + centre)
     columns = [patches, jnp.where(hidden == 1, grey, patches), *restored, jnp.where(hidden == 1, restored[-1], patches)]
-    return [picture(column) for column in columns]
+    pictures = [picture(column) for column in columns]
+    return pictures if placement is None else jax.lax.with_sharding_constraint(pictures, placement)
 
 
 # A star marks what borrows from the truth; STAR says what.
@@ -76,15 +86,22 @@ STAR = "* with the true mean and deviation of each patch, which the model does n
 
 
 def reconstruct(
-    params: Params, images: np.ndarray, noise: Noise, model: ModelConfig, augment: AugmentConfig
+    params: Params,
+    images: np.ndarray,
+    noise: Noise,
+    model: ModelConfig,
+    augment: AugmentConfig,
+    placement: NamedSharding | None = None,
 ) -> list[View]:
-    """Original, masked, reconstruction, and the reconstruction with the visible patches pasted in.
+    """Make the columns: original, masked, reconstruction, and that with the visible patches pasted in.
+
+    placement: of the result, which every host must be able to read; needed where parameters are cut over several.
 
     Principal coefficients are turned back into pixels. A model of normalised pixels predicts no brightness: its raw
     prediction is shown as it is, and once more with the true mean and deviation of each patch, which the caption marks
     with a star.
     """
-    columns = _columns(params, jnp.asarray(images), noise, model, augment)
+    columns = _columns(params, jnp.asarray(images), noise, model, augment, placement)
     return [View(*pair) for pair in zip(CAPTIONS[model.norm_pix_loss], map(np.asarray, columns), strict=True)]
 
 

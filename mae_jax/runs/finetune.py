@@ -14,14 +14,14 @@ from mae_jax.data.sources.split import split_for_training
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, judge, write_mistakes
 from mae_jax.hosts import Hosts
-from mae_jax.runs.initial import Say, start_from
+from mae_jax.models import Params
+from mae_jax.runs.initial import start_from
 from mae_jax.runs.log import read_metrics
-from mae_jax.runs.loop import Finished
-from mae_jax.runs.run import Room, run
+from mae_jax.runs.loop import Finished, TrainingRun
+from mae_jax.runs.run import memory_errors, run
 from mae_jax.storage.checkpoints import BEST, drop_later, save_best
 from mae_jax.storage.workdir import checkpoint_folders, make_writable, unwritable
 from mae_jax.train.build import build_engine, run_length
-from mae_jax.train.objective import Params
 from mae_jax.train.step import TrainState, init_state
 
 ALONE = Hosts()
@@ -32,30 +32,24 @@ def finetune(config: FinetuneConfig, hosts: Hosts = ALONE) -> Finished:
     """Train a classifier, or go on training it, in `config.workdir`; on several hosts, each of them calls this.
 
     Evaluates it on the split val every so many epochs and at the end, keeps the best one in WORKDIR/best, and draws
-    what the last one takes for what.
+    the confusion matrix of the last one.
 
     Raises:
       StatedError: as `run`; or the data has no classes, or others than the model.
     """
     config, train, val = open_data(config)
     devices = hosts.count * (config.devices or jax.local_device_count())
-    if config.mix.mixes and config.batch_size % (2 * devices):
+    if config.mix.mixes and config.batch_size % (2 * devices * config.accumulate):
         raise StatedError(
-            f"mixup and cutmix mix neighbours on one device: batch_size {config.batch_size} is not divisible by "
-            f"2 x {devices} devices"
+            f"mixup and cutmix mix neighbours in one part of a device's batch: batch_size {config.batch_size} is not "
+            f"divisible by 2 x {devices} devices x accumulate {config.accumulate}",
+            field="batch_size",
         )
-    data = f"{len(train):,} images of {len(train.class_names)} classes, {len(val):,} others to evaluate on"
-
-    def begin(state: TrainState, say: Say) -> TrainState:
-        if config.init is None:
-            say("init is not given: the encoder starts with random weights")
-        return state
-
-    return run(config, train, hosts, data, lambda room: Evaluations(config, val, room), begin)
+    return run(config, train, hosts, Evaluations(config, val))
 
 
 def open_data(config: FinetuneConfig) -> tuple[FinetuneConfig, Source, Source]:
-    """The configuration with what the data says, the images to learn from, and those to evaluate on.
+    """Open the data: the configuration with its classes, the images to learn from, and those to evaluate on.
 
     Raises:
       StatedError: the data has no classes, or others than the model.
@@ -66,21 +60,21 @@ def open_data(config: FinetuneConfig) -> tuple[FinetuneConfig, Source, Source]:
     )
     classes = len(train.class_names)
     if config.classes not in (None, classes):
-        raise StatedError(f"classes {config.classes} asked for, and data {config.data} has {classes}")
+        raise StatedError(f"classes {config.classes} asked for, and data {config.data} has {classes}", field="classes")
     try:
         return dataclasses.replace(config, classes=classes), train, val
     except ValueError as error:
-        raise StatedError(str(error)) from error
+        raise StatedError(str(error), field="classes") from error
 
 
 def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
-    """Evaluate the weights of `config.init` as they are, and draw what they take for what into WORKDIR/evaluated.
+    """Evaluate the weights of `config.init` as they are, and draw the confusion matrix into WORKDIR/evaluated.
 
     Raises:
       StatedError: there are none, they have no head, the data has other classes, or the folder cannot be written to.
     """
     if config.init is None:
-        raise StatedError("init is not given: which weights are to be evaluated?")
+        raise StatedError("init is not given: which weights are to be evaluated?", field="init")
     init = config.init
     config, _, val = open_data(config)
     folder = Path(config.workdir) / EVALUATED
@@ -89,10 +83,11 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
             make_writable(folder)
         except OSError as error:
             raise unwritable(config.workdir, error) from error
-    engine = build_engine(config, run_length(config, len(val)))
-    say: Say = print if hosts.first else lambda text: None
-    state = start_from(init, engine.begin(lambda: init_state(config)), config, say, whole=True)
-    outcomes = judge(state.params, val, config, engine.rows, len(engine.devices), hosts)
+    message = print if hosts.first else lambda text: None
+    with memory_errors(config):
+        engine = build_engine(config, run_length(config, len(val)))
+        state = start_from(init, engine.begin(lambda: init_state(config)), config, message, whole=True)
+        outcomes = judge(state.params, val, config, engine.rows, len(engine.devices), hosts)
     if hosts.first:
         write_mistakes(folder, outcomes, 0, val, config)
     return outcomes
@@ -101,45 +96,47 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
 class Evaluations:
     """Scores on the images that are evaluated on, every so many epochs."""
 
-    def __init__(self, config: FinetuneConfig, val: Source, room: Room) -> None:
-        self._config, self._val, self._room = config, val, room
+    def __init__(self, config: FinetuneConfig, val: Source) -> None:
+        self._config, self._val = config, val
         self._scores: dict[int, float] = {}  # top-1 by step
         self._best = -1.0  # of those, the one that is kept
 
-    def _is_due(self, step: int) -> bool:
-        """Whether a whole number of `evaluate_every` has been completed with this step."""
-        per_epoch = self._room.length.steps_per_epoch * self._config.evaluate_every
+    def _is_due(self, run: TrainingRun, step: int) -> bool:
+        """Return whether a whole number of `evaluate_every` has been completed with this step."""
+        per_epoch = run.length.steps_per_epoch * self._config.evaluate_every
         return step > 0 and math.floor(step / per_epoch) > math.floor((step - 1) / per_epoch)
 
-    def begin(self, step: int, state: TrainState) -> None:
-        """What a run that was stopped after this step has left undone."""
-        room = self._room
-        rows = read_metrics(room.workdir)
+    def start(self, run: TrainingRun, step: int, state: TrainState) -> None:
+        """Do what a run that was stopped after this step has left undone."""
+        if run.hosts.first:
+            run.log.message(f"evaluating on {len(self._val):,} other images")
+        rows = read_metrics(run.workdir)
         scores = [(int(row["step"]), row["top1"]) for row in rows if "top1" in row and row["step"] <= step]
-        ended = step == room.length.steps
-        drawn = all((room.workdir / name).exists() for name in (CONFUSION, WORST))
-        drop_later(room.workdir, step, room.hosts)
-        kept = bool(checkpoint_folders(room.workdir / BEST))
+        ended = step == run.length.steps
+        drawn = all((run.workdir / name).exists() for name in (CONFUSION, WORST))
+        drop_later(run.workdir, step, run.hosts)
+        kept = bool(checkpoint_folders(run.workdir / BEST))
         # As the first host sees the folder: all of them evaluate, or none.
-        said = room.hosts.gather(f"scores {step}", json.dumps([scores, ended and not drawn, kept]))[0]
-        scores, undrawn, kept = json.loads(said)
+        seen = run.hosts.gather(f"scores {step}", json.dumps([scores, ended and not drawn, kept]))[0]
+        scores, undrawn, kept = json.loads(seen)
         self._scores = dict(map(tuple, scores))
         self._best = max(self._scores.values(), default=-1.0) if kept else -1.0
         if step not in self._scores or undrawn:
-            self.after(step, state, ended)
+            self.after(run, step, state, ended)
 
-    def after(self, step: int, state: TrainState, last: bool) -> None:
-        """An evaluation, if it is time for one; after the last step, pictures too."""
-        if not last and not self._is_due(step):
+    def after(self, run: TrainingRun, step: int, state: TrainState, last: bool) -> None:
+        """Evaluate, if it is time for it; after the last step, draw pictures too."""
+        if not last and not self._is_due(run, step):
             return
-        outcomes, head = self._evaluate(step, state)
-        if last and self._room.hosts.first:
-            write_mistakes(self._room.workdir, outcomes, head, self._val, self._config)
+        outcomes, head = self._evaluate(run, step, state)
+        if last and run.hosts.first:
+            write_mistakes(run.workdir, outcomes, head, self._val, self._config)
 
-    def _evaluate(self, step: int, state: TrainState) -> tuple[Outcomes, int]:
-        config, room = self._config, self._room
+    def _evaluate(self, run: TrainingRun, step: int, state: TrainState) -> tuple[Outcomes, int]:
+        """Score every head; write a row, and keep the best head where it is the best so far."""
+        config = self._config
         params = state.params if state.average is None else state.average
-        outcomes = judge(params, self._val, config, room.engine.rows, len(room.engine.devices), room.hosts)
+        outcomes = judge(params, self._val, config, run.engine.rows, len(run.engine.devices), run.hosts)
         top1, top5, loss = outcomes.top(1), outcomes.top(5), outcomes.loss.mean(axis=1)
         head = int(np.argmax(top1))
         row = {"top1": float(top1[head]), "top5": float(top5[head]), "evaluation_loss": float(loss[head])}
@@ -151,23 +148,24 @@ class Evaluations:
         if not np.isfinite(loss[head]):
             raise StatedError(
                 f"the loss of the evaluation is {loss[head]} after step {step}: lower optim.base_lr "
-                f"{config.optim.base_lr}, or set optim.clip_norm, in another --workdir."
+                f"{config.optim.base_lr}, or set optim.clip_norm, in another --workdir.",
+                field="optim.base_lr",
             )
         if step in self._scores:
             return outcomes, head
         self._scores[step] = row["top1"]
         if row["top1"] > self._best:
             self._best = row["top1"]
-            save_best(room.workdir, step, *single(config, params, head), room.hosts)
-        room.log.row(step, row)
+            save_best(run.workdir, step, *single(config, params, head), run.hosts)
+        run.log.row(step, row)
         return outcomes, head
 
 
 def single(config: FinetuneConfig, params: Params, head: int) -> tuple[FinetuneConfig, Params]:
-    """A classifier by itself: one of a sweep as a run with its rate alone would have it, a running average as it is."""
+    """Take one classifier out of a run: a head of a sweep as a run at its rate alone would have it, or the average."""
     optim = dataclasses.replace(config.optim, ema_decay=None)
     if not config.sweep:
         return dataclasses.replace(config, optim=optim), params
     optim = dataclasses.replace(optim, base_lr=config.sweep[head])
-    chosen = jax.tree.map(lambda values: values[head], params["head"])
-    return dataclasses.replace(config, sweep=(), optim=optim), params | {"head": chosen}
+    own = jax.tree.map(lambda values: values[head], params["head"])
+    return dataclasses.replace(config, sweep=(), optim=optim), params | {"head": own}

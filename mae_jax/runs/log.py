@@ -122,16 +122,16 @@ class SilentLog:
         self._host = host
 
     def step_done(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def row(self, step: int, values: dict[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    def say(self, text: str) -> None:
-        """A line that names the host."""
+    def message(self, text: str) -> None:
+        """Print a line that names the host."""
         print(f"host {self._host}: {text}", flush=True)
 
     def __enter__(self) -> Self:
@@ -140,7 +140,7 @@ class SilentLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class RunLog:
@@ -212,8 +212,8 @@ class RunLog:
         with contextlib.suppress(OSError):  # the next row says so; a picture is not worth a run
             self._events.picture(name, step, image)
 
-    def say(self, text: str) -> None:
-        """A line for whoever watches, beside the progress bar."""
+    def message(self, text: str) -> None:
+        """Print a line, beside the progress bar where there is one."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
@@ -230,3 +230,6 @@ class RunLog:
         self._events.close()
         with contextlib.suppress(OSError):  # of a row that could not be written, which has been said
             self._file.close()
+
+
+Log = RunLog | SilentLog

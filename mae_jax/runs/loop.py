@@ -20,24 +20,200 @@ from mae_jax.data.sources.source import Source
 from mae_jax.data.stream import TrainingBatch, training_batches
 from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
-from mae_jax.runs.log import RunLog, SilentLog
+from mae_jax.models import Params
+from mae_jax.runs.log import Log
 from mae_jax.runs.stop import StopRequest
 from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.train.build import Length
 from mae_jax.train.engines import Engine
-from mae_jax.train.objective import Batch, Params
+from mae_jax.train.objective import Batch
 from mae_jax.train.step import Metrics, TrainState
 
 
-class BrokenFiles:
-    """Keeps the account of a run's broken files from the batches' `broken` arrays, in the main process.
+class Finished(NamedTuple):
+    """How a run ended: at which step, and the signal that ended it early, if one did."""
 
-    Each file is told to `report` once, however often it comes up. The account starts anew when a run continues.
+    workdir: Path
+    step: int
+    signal: signal.Signals | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """A run that has been started: what it was given, and what it works with."""
+
+    config: Run
+    source: Source
+    hosts: Hosts
+    length: Length
+    engine: Engine
+    workdir: Path
+    checkpoints: Checkpoints
+    log: Log
+
+
+@runtime_checkable
+class Callback(Protocol):
+    """What looks at a run between its steps."""
+
+    def start(self, run: TrainingRun, step: int, state: TrainState) -> None:
+        """Look at the state before the first step, or where a stopped run goes on."""
+
+    def after(self, run: TrainingRun, step: int, state: TrainState, last: bool) -> None:
+        """Look at the state after a step and its checkpoint; not where the run is asked to stop: that may not wait."""
+
+
+@dataclasses.dataclass
+class Window:
+    """The steps since the last row of the log: how many, since when, and how long they waited for data."""
+
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    steps: int = 0
+    waited: float = 0.0  # seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out time that is not training's."""
+        since = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - since
+
+    def rates(self, batch_size: int) -> dict[str, float]:
+        """Return images a second, and the share of the time that went by waiting for data."""
+        seconds = time.perf_counter() - self.began
+        return {"images_per_second": self.steps * batch_size / seconds, "data_wait": self.waited / seconds}
+
+
+@jax.jit
+def all_finite(tree: Params) -> Bool[Array, ""]:
+    """Return whether every number of every array is finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+class Loop:
+    """The loop over the steps of a run."""
+
+    def __init__(self, run: TrainingRun, callback: Callback, stop: StopRequest) -> None:
+        self.run, self.callback, self.stop = run, callback, stop
+        self.broken = BrokenFiles(run.source, run.log.message)
+        self.unread: list[Metrics] = []  # of steps whose numbers were not looked at yet, on the device
+        self.latest: Metrics | None = None  # of the last step looked at
+        self.window = Window()
+
+    def go(self, state: TrainState, start: int) -> Finished:
+        """Run the steps from `start` to the end, or to a stop."""
+        run, config, step, stopped = self.run, self.run.config, start, False
+        # The host gives out steps and does not wait for them, but for the oldest where too many are under way.
+        in_flight: deque[Metrics] = deque()
+        with contextlib.closing(
+            training_batches(
+                run.source,
+                config,
+                start_step=start,
+                stop_step=run.length.steps,
+                process_index=run.hosts.index,
+                process_count=run.hosts.count,
+            )
+        ) as batches:
+            self.callback.start(run, start, state)
+            self.window = Window()
+            for batch in self._timed(iter(batches)):
+                self.broken.update(batch["broken"])
+                state, metrics = run.engine.step(state, run.engine.put(self._rows(batch)))
+                step += 1
+                self.unread.append(metrics)
+                self.window.steps += 1
+                in_flight.append(metrics)
+                if len(in_flight) > run.engine.in_flight:
+                    jax.block_until_ready(in_flight.popleft())
+                run.log.step_done()
+
+                # Between two steps: look, save, and end where it is time to.
+                stopped = self.stop.after(step)
+                last = stopped or step == run.length.steps
+                if step % config.log_every == 0 or last:
+                    self._log(step)
+                if step % config.save_every == 0 or last:
+                    self._save(step, state)
+                if not stopped:
+                    with self.window.paused():
+                        self.callback.after(run, step, state, last)
+                if last:
+                    break
+        return Finished(run.workdir, step, self.stop.signal if stopped else None)
+
+    def _rows(self, batch: TrainingBatch) -> Batch:
+        """Take what the step needs of a batch.
+
+        Raises:
+          StatedError: classes are learnt, and an image has none.
+        """
+        labels, config = None, self.run.config
+        if config.kind == "classification":
+            labels = batch["label"]
+            if labels.min() < 0:
+                raise StatedError(f"data {config.data} has images without a class; leave them out", field="data")
+        return Batch(batch["image"], batch["position"], batch.get("crop"), labels)
+
+    def _timed(self, batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
+        """Measure how long each batch is waited for."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.window.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def _check_finite(self, step: int) -> Metrics:
+        """Wait for the steps up to this one, look at their numbers, and return the last."""
+        seen = jax.device_get(self.unread)
+        self.unread = []
+        for number, metrics in enumerate(seen, step - len(seen) + 1):
+            for name, value in metrics._asdict().items():
+                if not np.isfinite(value):
+                    self._fail(number, f"{name} is {value} at step {number}")
+            self.latest = metrics
+        assert self.latest is not None
+        return self.latest
+
+    def _save(self, step: int, state: TrainState) -> None:
+        """Save a state that can be continued from."""
+        self._check_finite(step)
+        if not all_finite(state.params):
+            self._fail(step + 1, f"parameters are not finite after step {step}")
+        self.run.checkpoints.save(step, state)
+
+    def _fail(self, step: int, reason: str) -> NoReturn:
+        """End the run, which the parameters that went into `step` have ruined: their checkpoint is no good."""
+        checkpoints = self.run.checkpoints
+        checkpoints.move_aside([saved for saved in checkpoints.steps() if saved >= step - 1])
+        steps = checkpoints.steps()
+        good = f"The last good checkpoint is {checkpoints.path(steps[-1])}" if steps else "No checkpoint is good"
+        raise StatedError(
+            f"{reason}. {good}. Lower optim.base_lr {self.run.config.optim.base_lr}, or set optim.clip_norm, "
+            "in another --workdir.",
+            field="optim.base_lr",
+        )
+
+    def _log(self, step: int) -> None:
+        """Write a row of the last step's numbers and of the window's rates."""
+        metrics = self._check_finite(step)
+        values = {name: float(value) for name, value in metrics._asdict().items()}
+        rates = self.window.rates(self.run.config.batch_size)
+        self.run.log.row(step, values | rates | {"broken_files": self.broken.count})
+        self.window = Window()
+
+
+class BrokenFiles:
+    """The files of a run that do not decode: each is logged once, and too many of them end the run.
+
+    They are taken from the batches' `broken` arrays, in the main process; the account starts anew when a run continues.
     """
 
-    def __init__(self, source: Source, report: Callable[[str], None]) -> None:
+    def __init__(self, source: Source, log: Callable[[str], None]) -> None:
         self._source = source
-        self._report = report
+        self._log = log
         self._reasons: dict[int, str] = {}
         self.limit = max(10, len(source) // 1000)  # 0.1 % of an epoch
 
@@ -55,181 +231,19 @@ class BrokenFiles:
         for index in broken[broken >= 0].tolist():
             if index not in self._reasons:
                 self._reasons[index] = reason = self._describe(index)
-                self._report(f"{reason}; the next image in the stream takes its place")
+                self._log(f"{reason}; the next image in the stream takes its place")
         if self.count > self.limit:
             first = "; ".join(list(self._reasons.values())[:3])
             raise StatedError(
                 f"{self.count} of {len(self._source):,} images are broken, more than the {self.limit} that are "
-                f"passed over: {first}. Remove or repair them, or check that the disk can be read."
+                f"passed over: {first}. Remove or repair them, or check that the disk can be read.",
+                field="data",
             )
 
     def _describe(self, index: int) -> str:
-        # The worker that met the file has only its index to send; a second try here finds the reason.
+        """Decode a file once more for the reason: the worker that met it has only its index to send."""
         try:
             self._source.load(index)
         except BrokenImage as error:
             return str(error)
         return f"{self._source.name(index)} did not decode, though it does now"
-
-
-class Finished(NamedTuple):
-    """How a run ended: at which step, and the signal that ended it early, if one did."""
-
-    workdir: Path
-    step: int
-    signal: signal.Signals | None
-
-
-@runtime_checkable
-class Watch(Protocol):
-    """What looks at a run between its steps."""
-
-    def begin(self, step: int, state: TrainState) -> None:
-        """Before the first step, or where a stopped run goes on."""
-
-    def after(self, step: int, state: TrainState, last: bool) -> None:
-        """After a step and its checkpoint, but not where the run is told to stop: whoever stops it may not wait."""
-
-
-@dataclasses.dataclass
-class Window:
-    """The steps since the last row of the log: how many, since when, and how long they waited for data."""
-
-    began: float = dataclasses.field(default_factory=time.perf_counter)
-    steps: int = 0
-    waited: float = 0.0  # seconds
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time that is not training's."""
-        since = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - since
-
-    def rates(self, batch_size: int) -> dict[str, float]:
-        """Images a second, and the share of the time that went by waiting for data."""
-        seconds = time.perf_counter() - self.began
-        return {"images_per_second": self.steps * batch_size / seconds, "data_wait": self.waited / seconds}
-
-
-@jax.jit
-def all_finite(tree: Params) -> Bool[Array, ""]:
-    """Whether every number of every array is finite."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-@dataclasses.dataclass
-class Loop:
-    """The loop over steps, and what happens between them."""
-
-    config: Run
-    source: Source
-    length: Length
-    engine: Engine
-    checkpoints: Checkpoints
-    log: RunLog | SilentLog
-    stop: StopRequest
-    hosts: Hosts
-    watch: Watch
-
-    def __post_init__(self) -> None:
-        self.broken = BrokenFiles(self.source, self.log.say)
-        self.unread: list[Metrics] = []  # of steps whose numbers were not looked at yet, on the device
-        self.latest: Metrics | None = None  # of the last step looked at
-        self.window = Window()
-
-    def go(self, state: TrainState, start: int) -> Finished:
-        """Run the steps from `start` to the end, or to a stop."""
-        config, step, stopped = self.config, start, False
-        in_flight: deque[Metrics] = deque()
-        with contextlib.closing(
-            training_batches(
-                self.source,
-                config,
-                start_step=start,
-                stop_step=self.length.steps,
-                process_index=self.hosts.index,
-                process_count=self.hosts.count,
-            )
-        ) as batches:
-            self.watch.begin(start, state)
-            self.window = Window()
-            for batch in self._timed(iter(batches)):
-                self.broken.update(batch["broken"])
-                state, metrics = self.engine.step(state, self.engine.put(self._rows(batch)))
-                step += 1
-                self.unread.append(metrics)
-                self.window.steps += 1
-                in_flight.append(metrics)
-                if len(in_flight) > self.engine.in_flight:
-                    jax.block_until_ready(in_flight.popleft())
-                self.log.step_done()
-                stopped = self.stop.after(step)
-                last = stopped or step == self.length.steps
-                if step % config.log_every == 0 or last:
-                    self._log(step)
-                if step % config.save_every == 0 or last:
-                    self._save(step, state)
-                if not stopped:
-                    with self.window.paused():
-                        self.watch.after(step, state, last)
-                if last:
-                    break
-        return Finished(self.checkpoints.folder.parent, step, self.stop.signal if stopped else None)
-
-    def _rows(self, batch: TrainingBatch) -> Batch:
-        """What the step is given of a batch.
-
-        Raises:
-          StatedError: classes are learnt, and an image has none.
-        """
-        labels = None
-        if self.config.kind == "classification":
-            labels = batch["label"]
-            if labels.min() < 0:
-                raise StatedError(f"data {self.config.data} has images without a class; leave them out")
-        return Batch(batch["image"], batch["position"], batch.get("crop"), labels)
-
-    def _timed(self, batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            self.window.waited += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch
-
-    def _check_finite(self, step: int) -> Metrics:
-        """Wait for the steps up to this one, look at their numbers, and give back the last."""
-        seen = jax.device_get(self.unread)
-        self.unread = []
-        for number, metrics in enumerate(seen, step - len(seen) + 1):
-            for name, value in metrics._asdict().items():
-                if not np.isfinite(value):
-                    self._fail(number, f"{name} is {value} at step {number}")
-            self.latest = metrics
-        assert self.latest is not None
-        return self.latest
-
-    def _save(self, step: int, state: TrainState) -> None:
-        """Save what can be gone on from."""
-        self._check_finite(step)
-        if not all_finite(state.params):
-            self._fail(step + 1, f"parameters are not finite after step {step}")
-        self.checkpoints.save(step, state)
-
-    def _fail(self, step: int, reason: str) -> NoReturn:
-        """End the run, which the parameters that went into `step` have ruined: their checkpoint is no good."""
-        self.checkpoints.move_aside([saved for saved in self.checkpoints.steps() if saved >= step - 1])
-        steps = self.checkpoints.steps()
-        good = f"The last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "No checkpoint is good"
-        raise StatedError(
-            f"{reason}. {good}. Lower optim.base_lr {self.config.optim.base_lr}, or set optim.clip_norm, "
-            "in another --workdir."
-        )
-
-    def _log(self, step: int) -> None:
-        metrics = self._check_finite(step)
-        values = {name: float(value) for name, value in metrics._asdict().items()}
-        self.log.row(step, values | self.window.rates(self.config.batch_size) | {"broken_files": self.broken.count})
-        self.window = Window()

@@ -44,31 +44,33 @@ class Memory(NamedTuple):
 
 
 def parse_bytes(text: str) -> int:
-    """`40GiB` in bytes.
+    """Read a number of bytes, such as `40GiB`.
 
     Raises:
       StatedError: it is no such number, or not one byte.
     """
     found = re.fullmatch(rf"([0-9]*\.?[0-9]+) ?({'|'.join(UNITS)})", text)
     if found is None or not (count := int(float(found[1]) * UNITS[found[2]])):
-        raise StatedError(f"memory {text} is not a positive number with one of {', '.join(UNITS)}, such as 40GiB")
+        raise StatedError(
+            f"memory {text} is not a positive number with one of {', '.join(UNITS)}, such as 40GiB", field="memory"
+        )
     return count
 
 
 def show_bytes(count: float) -> str:
-    """In the unit that suits."""
+    """Write a number of bytes in the unit that suits."""
     unit = [name for name in ("B", "KiB", "MiB", "GiB", "TiB") if UNITS[name] <= max(count, 1)][-1]
     return f"{count / UNITS[unit]:.3g} {unit}"
 
 
 def bytes_a_device(shapes: Any, layout: Any) -> int:
-    """Of arrays as they lie on one device."""
+    """Count the bytes of arrays as they lie on one device."""
     parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, layout)
     return sum(jax.tree.leaves(parts))
 
 
 def mesh_config(config: PretrainConfig) -> PretrainConfig:
-    """The same run on CPU devices under a mesh: pmap needs the memory and traffic of jit, cuDNN's attention less."""
+    """Put a run on CPU devices under a mesh: pmap needs the memory and traffic of jit, cuDNN's attention less."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     return dataclasses.replace(config, engine="jit") if config.engine == "pmap" else config
 
@@ -82,8 +84,13 @@ def measure(config: PretrainConfig) -> tuple[Memory, MeshEngine]:
     layout = engine.layout(shapes)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
     rows, model = NamedSharding(engine.mesh, PartitionSpec((DATA, SHARD))), config.model
-    image = (*model.image_hw, model.in_channels)
-    like = Batch(np.empty((0, *image), np.uint8), np.empty(0, np.uint32))
+    on_device = config.crops == "device"  # whole images come in, squeezed into a square, and a box for each
+    image_hw = (config.canvas, config.canvas) if on_device else model.image_hw
+    like = Batch(
+        np.empty((0, *image_hw, model.in_channels), np.uint8),
+        np.empty(0, np.uint32),
+        np.empty((0, 5), np.float32) if on_device else None,
+    )
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype, sharding=rows), like
     )
@@ -96,7 +103,7 @@ def measure(config: PretrainConfig) -> tuple[Memory, MeshEngine]:
 
 
 def traffic(config: PretrainConfig, devices: int, fsdp: int) -> float:
-    """Bytes that one device sends in a step, by ring algorithms.
+    """Count the bytes that one device sends in a step, by ring algorithms.
 
     Cut over `fsdp` devices, weights are gathered forward and backward and gradients scattered, each of which sends
     (fsdp - 1) / fsdp of all bytes; the gradient of what a device keeps is then summed over the other groups.
@@ -108,7 +115,7 @@ def traffic(config: PretrainConfig, devices: int, fsdp: int) -> float:
 
 
 def largest_batch(config: PretrainConfig, used: Memory, devices: int, limit: int) -> int:
-    """A global batch that fits into `limit` bytes a device, within a few percent of the largest; 0 if none does.
+    """Find a global batch that fits into `limit` bytes a device, within a few percent of the largest; 0 if none does.
 
     Memory is nearly a line in the batch: each guess is where the line through the last compiled step, or the last two,
     meets the limit, and the step is compiled for it to see. used: of the step for `config.batch_size`.
@@ -125,7 +132,7 @@ def largest_batch(config: PretrainConfig, used: Memory, devices: int, limit: int
 
 
 def paper_rows(model: ModelConfig) -> list[str]:
-    """Hours that the paper measured beside those that its machine would take at its peak, for the paper's models."""
+    """List the hours that the paper measured beside those that its machine would take at its peak, for its models."""
     hours = PAPER_HOURS.get((model.encoder.width, model.encoder.depth))
     if hours is None:
         return []
@@ -146,20 +153,22 @@ def paper_rows(model: ModelConfig) -> list[str]:
 
 
 def mask_token_ratio(model: ModelConfig) -> float:
-    """FLOPs with mask tokens in the encoder over without, of patches alone: the class token is left out."""
+    """Divide FLOPs with mask tokens in the encoder by those without, of patches alone: the class token is left out."""
     bare = dataclasses.replace(model, class_token=False)
     return training_flops(dataclasses.replace(bare, encoder_mask_tokens=True)) / training_flops(bare)
 
 
 def plan(config: PretrainConfig, memory: int, flops: float, bandwidth: float) -> str:
-    """All of it, in lines. flops and bandwidth are a device's, a second: FLOP and bytes.
+    """Write a plan, in lines.
+
+    memory: bytes of a device. flops, bandwidth: FLOP and bytes that it computes and sends in a second.
 
     Raises:
       StatedError: one of them is not positive and finite, or the run could not start.
     """
     for name, value in {"flops": flops, "bandwidth": bandwidth}.items():
         if not 0 < value < math.inf:
-            raise StatedError(f"{name} {value} of a device must be positive and finite")
+            raise StatedError(f"{name} {value} of a device must be positive and finite", field=name)
     used, engine = measure(config)
     devices, fsdp = len(engine.devices), engine.mesh.shape[SHARD]
     work = training_flops(config.model) * config.batch_size

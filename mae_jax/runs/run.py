@@ -1,11 +1,8 @@
-"""One run, from its configuration to its last checkpoint: the room where everything meets."""
+"""One run, from its configuration to its last checkpoint."""
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax
 from jax.errors import JaxRuntimeError
@@ -14,9 +11,8 @@ from mae_jax.config import Run
 from mae_jax.data.sources.source import Source
 from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
-from mae_jax.runs.initial import Say, start_from
-from mae_jax.runs.log import RunLog, SilentLog
-from mae_jax.runs.loop import Finished, Loop, Watch
+from mae_jax.runs.log import Log, RunLog, SilentLog
+from mae_jax.runs.loop import Callback, Finished, Loop, TrainingRun
 from mae_jax.runs.stop import StopRequest
 from mae_jax.storage.agreement import check_agreement, claim_together
 from mae_jax.storage.checkpoints import Checkpoints
@@ -26,8 +22,74 @@ from mae_jax.train.engines import Engine
 from mae_jax.train.step import TrainState, init_state, make_objective, select
 
 
-@contextmanager
-def too_little_is_told(config: Run) -> Iterator[None]:
+def run(config: Run, source: Source, hosts: Hosts, callback: Callback) -> Finished:
+    """Train, or go on training, in `config.workdir`; on several hosts, each of them calls this.
+
+    SIGTERM and Ctrl-C end it after the step under way, with a checkpoint. Run again with the same configuration it
+    continues from the newest checkpoint, and computes bit for bit what a run never stopped computes.
+
+    Raises:
+      StatedError: the run cannot start, a loss or gradient norm is not finite, too many files do not decode, memory is
+        too little, or the folder cannot be written to.
+    """
+    with memory_errors(config), contextlib.ExitStack() as stack:
+        # What is to be done, by whom, and with what: refused before anything is written.
+        length = run_length(config, len(source))
+        check_agreement(hosts, config, len(source))
+        engine = build_engine(config, length)
+
+        # The folder, and the state to begin or to go on with.
+        workdir = claim_together(hosts, config, len(source))
+        hosts.explain(lambda: how_to_continue(config))
+        stop = stack.enter_context(StopRequest(hosts.count))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config, len(source), hosts)))
+        init = functools.partial(init_state, config)  # one object, which JAX traces once for its shapes and to run it
+        shapes = jax.eval_shape(init)
+        state = checkpoints.restore_latest(
+            shapes, engine.layout(shapes), warn=lambda text: print(f"WARNING: {text}", flush=True)
+        )
+        if state is None:
+            state = first_state(config, source, engine, hosts, init)
+
+        # From here on everything goes into the log.
+        start = int(state.step)
+        log: Log = RunLog(workdir, start, length.steps) if hosts.first else SilentLog(hosts.index)
+        stack.enter_context(log)
+        if hosts.first:
+            log.message(describe(config, source, engine, state, length))
+            if config.optim.warmup_epochs > length.epochs:
+                log.message(
+                    f"WARNING: optim.warmup_epochs {config.optim.warmup_epochs} is longer than the run's "
+                    f"{length.epochs:.4g} epochs: the learning rate never reaches its peak"
+                )
+        training = TrainingRun(config, source, hosts, length, engine, workdir, checkpoints, log)
+        return Loop(training, callback, stop).go(state, start)
+
+
+def first_state(config: Run, source: Source, engine: Engine, hosts: Hosts, init: functools.partial) -> TrainState:
+    """Make the state before the first step: random, its PCA target fitted to the data, with the weights of `init`."""
+
+    def message(text: str) -> None:
+        if hosts.first:
+            print(text, flush=True)
+
+    # What few runs need is imported by those that do.
+    state: TrainState = engine.begin(init)
+    if config.kind == "pretraining" and config.model.pca_components is not None:
+        from mae_jax.runs.target import with_fitted_target  # noqa: PLC0415
+
+        state = with_fitted_target(state, config, source, hosts, message)
+    if config.init is not None:
+        from mae_jax.runs.initial import start_from  # noqa: PLC0415
+
+        return start_from(config.init, state, config, message)
+    if config.kind == "classification":
+        message("init is not given: the encoder starts with random weights")
+    return state
+
+
+@contextlib.contextmanager
+def memory_errors(config: Run) -> Iterator[None]:
     """Name the fields that a step's memory follows from, where the device or the host lacks it.
 
     Raises:
@@ -39,77 +101,16 @@ def too_little_is_told(config: Run) -> Iterator[None]:
         if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         remat = "" if config.model.remat else " or --model.remat"
-        plan = "; mae-jax plan says what a step needs" if config.kind == "pretraining" else ""
+        plan = "; mae-jax plan shows what a step needs" if config.kind == "pretraining" else ""
         raise StatedError(
             f"too little memory for batch_size {config.batch_size} with accumulate {config.accumulate} ({error}): "
-            f"give a smaller --batch-size, a larger --accumulate{remat}{plan}"
+            f"give a smaller --batch-size, a larger --accumulate{remat}{plan}",
+            field="batch_size",
         ) from error
 
 
-@dataclass(frozen=True)
-class Room:
-    """Where a run happens."""
-
-    workdir: Path
-    length: Length
-    engine: Engine
-    log: RunLog | SilentLog
-    hosts: Hosts
-
-
-def run(
-    config: Run,
-    source: Source,
-    hosts: Hosts,
-    describe_data: str,
-    make_watch: Callable[[Room], Watch],
-    begin: Callable[[TrainState, Say], TrainState] = lambda state, say: state,
-) -> Finished:
-    """Train, or go on training, in `config.workdir`; on several hosts, each of them calls this.
-
-    SIGTERM and Ctrl-C end it after the step under way, with a checkpoint. Run again with the same configuration it
-    continues from the newest checkpoint, and computes bit for bit what a run never stopped computes.
-
-    begin: completes the state of a run that begins, before it is given weights to start from.
-
-    Raises:
-      StatedError: the run cannot start, a loss or gradient norm is not finite, too many files do not decode, or the
-        folder cannot be written to.
-    """
-    length = run_length(config, len(source))
-    check_agreement(hosts, config, len(source))
-    engine = build_engine(config, length)
-    workdir = claim_together(hosts, config, len(source))
-    hosts.explain(lambda: how_to_continue(config))
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(hosts.count))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config, len(source), hosts)))
-        init = functools.partial(init_state, config)  # one object, which JAX traces once for its shapes and to run it
-        shapes = jax.eval_shape(init)
-        state = checkpoints.restore_latest(
-            shapes, engine.layout(shapes), warn=lambda text: print(f"WARNING: {text}", flush=True)
-        )
-        if state is None:
-            say: Say = print if hosts.first else lambda text: None
-            state = begin(engine.begin(init), say)
-            if config.init is not None:
-                state = start_from(config.init, state, config, say)
-        start = int(state.step)
-        log: RunLog | SilentLog = RunLog(workdir, start, length.steps) if hosts.first else SilentLog(hosts.index)
-        stack.enter_context(log)
-        if hosts.first:
-            log.say(describe(config, describe_data, engine, state, length))
-            if config.optim.warmup_epochs > length.epochs:
-                log.say(
-                    f"WARNING: optim.warmup_epochs {config.optim.warmup_epochs} is longer than the run's "
-                    f"{length.epochs:.4g} epochs: the learning rate never reaches its peak"
-                )
-        watch = make_watch(Room(workdir, length, engine, log, hosts))
-        return Loop(config, source, length, engine, checkpoints, log, stop, hosts, watch).go(state, start)
-
-
 def how_to_continue(config: Run) -> str:
-    """What to do when another host is gone."""
+    """Word what to do when another host is gone."""
     try:
         start = f"from step {find_checkpoint(config.workdir).name}"
     except StatedError:
@@ -120,15 +121,17 @@ def how_to_continue(config: Run) -> str:
     )
 
 
-def describe(config: Run, data: str, engine: Engine, state: TrainState, length: Length) -> str:
-    """What is about to run."""
+def describe(config: Run, source: Source, engine: Engine, state: TrainState, length: Length) -> str:
+    """Word what is about to run."""
     count, trained = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))
         for tree in (state.params, select(state.params, make_objective(config).trained))
     )
+    classes = f" of {len(source.class_names)} classes" if config.kind == "classification" else ""
+    hosts = f"{jax.process_count()} hosts, " if jax.process_count() > 1 else ""
     return (
         f"{'continuing at' if state.step else 'starting'} step {int(state.step)} of {length.steps} "
-        f"({length.epochs:.4g} epochs of {data}): {count:,} parameters, "
+        f"({length.epochs:.4g} epochs of {len(source):,} images{classes}): {count:,} parameters, "
         f"{'' if trained == count else f'{trained:,} of them trained, '}batch {config.batch_size} "
-        f"on {len(engine.devices)} x {engine.devices[0].device_kind}, in {config.workdir}"
+        f"on {hosts}{len(engine.devices)} x {engine.devices[0].device_kind}, in {config.workdir}"
     )

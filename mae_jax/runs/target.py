@@ -42,7 +42,7 @@ class Components(NamedTuple):
 
 
 def principal_components(samples: Iterator[Sample], count: int) -> Components:
-    """Of all patches together; only the sums that make their covariance are kept."""
+    """Find the principal components of all patches together; only the sums that make their covariance are kept."""
     total, first, second = 0, np.zeros(()), np.zeros(())
     for patches in samples:
         total, first, second = total + len(patches), first + patches.sum(axis=0), second + patches.T @ patches
@@ -54,7 +54,7 @@ def principal_components(samples: Iterator[Sample], count: int) -> Components:
 
 
 def sampled_patches(config: PretrainConfig, source: Source) -> Iterator[Sample]:
-    """PATCHES of each of the first CROPS of the training stream, as the model sees them."""
+    """Sample PATCHES of each of the first CROPS of the training stream, as the model sees them."""
     left = CROPS
     stop = math.ceil(CROPS / config.batch_size)
     with contextlib.closing(training_batches(source, config, stop_step=stop)) as batches:
@@ -72,23 +72,23 @@ def _of_batch(batch: TrainingBatch, config: PretrainConfig, crops: int) -> Itera
         if boxes is not None:
             pixels = np.asarray(crop_images(pixels, boxes[rows], model.image_hw))
         patches = patchify(normalise_images(pixels, config.augment, wide(model.dtype)), model.patch_hw)
-        chosen = [
+        sampled = [
             rng.host_generator(config.seed, "target", int(position)).choice(model.num_patches, per_crop, replace=False)
             for position in batch["position"][rows]
         ]
-        picked = np.take_along_axis(np.asarray(patches, np.float64), np.stack(chosen)[..., None], axis=1)
+        picked = np.take_along_axis(np.asarray(patches, np.float64), np.stack(sampled)[..., None], axis=1)
         yield picked.reshape(-1, model.patch_dim)
 
 
 def with_fitted_target(
-    state: TrainState, config: PretrainConfig, source: Source, hosts: Hosts, say: Callable[[str], None]
+    state: TrainState, config: PretrainConfig, source: Source, hosts: Hosts, message: Callable[[str], None]
 ) -> TrainState:
-    """The state before the first step with its target fitted, wherever its arrays lie; all hosts call it."""
+    """Fit the target of the state before the first step, wherever its arrays lie; all hosts call it."""
     count = config.model.pca_components
     if count is None:
         return state
     mean, basis, share = principal_components(sampled_patches(config, source), count)
-    say(f"the {count} largest principal components hold {share:.2%} of the variance of {CROPS:,} crops' patches")
+    message(f"the {count} largest principal components hold {share:.2%} of the variance of {CROPS:,} crops' patches")
     fitted = {"mean": mean.astype(wide(config.model.dtype)), "basis": basis.astype(wide(config.model.dtype))}
     if hosts.count > 1:  # other processors may round otherwise
         fitted = multihost_utils.broadcast_one_to_all(fitted)

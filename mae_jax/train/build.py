@@ -10,7 +10,6 @@ from mae_jax import rng
 from mae_jax.config import Run
 from mae_jax.errors import StatedError
 from mae_jax.train.engines import Engine, check_attention, choose_devices, pmap_engine
-from mae_jax.train.mesh import mesh_engine
 from mae_jax.train.step import TrainState, init_state, make_step
 
 
@@ -58,4 +57,6 @@ def build_engine(config: Run, length: Length) -> Engine:
     check_attention(config.model, devices, fsdp)
     if config.engine == "pmap":
         return pmap_engine(lambda axis: build(axis_name=axis), devices, batch_size, accumulate)
+    from mae_jax.train.mesh import mesh_engine  # noqa: PLC0415 - few runs need it
+
     return mesh_engine(build(), state_shapes(config), devices, batch_size, accumulate, fsdp)

@@ -11,9 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from mae_jax import rng
 from mae_jax.config import FinetuneConfig, OptimConfig, wide
+from mae_jax.models import Params
 from mae_jax.models.classifier import Classifier, Pooled
+from mae_jax.models.patches import Images
 from mae_jax.train.mixing import Targets, erase, mix, smooth_targets
-from mae_jax.train.objective import Batch, Images, Params, normalise_images
+from mae_jax.train.objective import Batch, normalise_images
 from mae_jax.train.optimizers import direction, intact, kernel_mask, layer_rates, of_each_head
 
 BATCH_NORM_EPS = 1e-6
@@ -40,8 +42,13 @@ class Classification:
     config: FinetuneConfig
     axis_name: str | None = None
 
+    @property
+    def together(self) -> int:
+        """Return 2 where neighbours are mixed with each other, else 1."""
+        return 2 if self.config.mix.mixes else 1
+
     def init(self) -> Params:
-        """A random classifier; `start_from` gives it the weights of an encoder."""
+        """Make a random classifier; `start_from` gives it the weights of an encoder."""
         config, model = self.config, self.config.model
         images = jnp.zeros((1, *model.image_hw, model.in_channels), wide(model.dtype))
         init = jax.jit(lambda key: Classifier(config.classifier).init(key, images)["params"])

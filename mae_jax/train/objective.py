@@ -8,9 +8,8 @@ import optax
 from jaxtyping import Array, Float, Int, UInt, UInt8
 
 from mae_jax.config import AugmentConfig, OptimConfig
-
-Params = Any
-Images = Float[Array, "batch height width channels"]
+from mae_jax.models import Params
+from mae_jax.models.patches import Images
 
 
 class Batch(NamedTuple):
@@ -29,28 +28,32 @@ class Objective(Protocol):
     Parameters are a nested dictionary; some are trained, the others stay as they are or are replaced by the loss.
     """
 
+    @property
+    def together(self) -> int:
+        """How many neighbouring rows of a batch must stay together where it is cut into parts."""
+
     def init(self) -> Params:
-        """The parameters before the first step; depend on the configuration and its seed alone."""
+        """Make the parameters before the first step, from the configuration and its seed alone."""
 
     def trained(self, path: tuple[str, ...]) -> bool:
-        """Whether the parameter of this path is trained."""
+        """Return whether the parameter of this path is trained."""
 
     def direction(self, optim: OptimConfig) -> optax.GradientTransformation:
-        """The optimizer of the trained parameters, before the learning rate."""
+        """Make the optimizer of the trained parameters, before the learning rate."""
 
     def rates(self, params: Params) -> Params | None:
-        """What the learning rate of each trained parameter is multiplied by; None: nothing."""
+        """Return what the learning rate of each trained parameter is multiplied by; None: nothing."""
 
     def inputs(self, batch: Batch, pixels: UInt8[Array, "batch height width channels"], step: Int[Array, ""]) -> Any:
-        """A tree of arrays, each with a row an example, that the loss is computed of, all randomness drawn."""
+        """Make the arrays that the loss is computed of, each with a row an example, all randomness drawn."""
 
     def loss(self, params: Params, inputs: Any) -> tuple[Float[Array, ""], Params]:
-        """The mean loss of the examples, and the untrained parameters that it replaces ({}: none)."""
+        """Return the mean loss of the examples, and the untrained parameters that it replaces ({}: none)."""
 
 
 def normalise_images(
     images: UInt8[Array | np.ndarray, "batch height width channels"], augment: AugmentConfig, dtype: str
 ) -> Images:
-    """Bytes to 0 .. 1, then by channel: (x - mean) / std."""
+    """Scale bytes to 0 .. 1, then normalise each channel: (x - mean) / std."""
     mean, std = (jnp.asarray(values, dtype) for values in (augment.mean, augment.std))
     return (jnp.asarray(images, dtype) / 255 - mean) / std

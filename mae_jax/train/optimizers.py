@@ -80,28 +80,29 @@ class LarsState(NamedTuple):
 
 
 def lars_direction(optim: OptimConfig) -> optax.GradientTransformation:
-    """LARS (You et al. 2017), as the authors probe with (appendix A.1; MoCo v3).
+    """Make LARS (You et al. 2017) of optax's parts, as the authors probe with it (appendix A.1; MoCo v3).
 
     A kernel's gradient, its decay added, is made `trust` times as long as the kernel; then momentum. Biases and
-    LayerNorms are neither scaled nor decayed.
+    LayerNorms are neither scaled nor decayed. `optax.lars` applies the rate before the momentum, which differs while
+    the rate changes.
     """
+    scale = optax.chain(
+        optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=optim.trust), decay_mask),
+    )
+    momentum = optax.trace(optim.momentum)
 
+    # Scaling has no state of its own. The momentum's goes by the name that checkpoints have for it.
     def init(params: optax.Params) -> LarsState:
-        return LarsState(jax.tree.map(jnp.zeros_like, params))
-
-    def scaled(gradient: Array, p: Array) -> Array:
-        if p.ndim < 2:
-            return gradient
-        gradient = gradient + optim.weight_decay * p
-        weight, length = jnp.linalg.norm(p), jnp.linalg.norm(gradient)
-        usable = (weight > 0) & (length > 0)
-        return gradient * jnp.where(usable, optim.trust * weight / jnp.where(usable, length, 1), 1)
+        return LarsState(momentum.init(params).trace)
 
     def update(
         gradients: optax.Updates, state: LarsState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, LarsState]:
-        velocity = jax.tree.map(lambda v, g, p: optim.momentum * v + scaled(g, p), state.velocity, gradients, params)
-        return velocity, LarsState(velocity)
+        assert params is not None
+        scaled, _ = scale.update(gradients, scale.init(params), params)
+        updates, after = momentum.update(scaled, optax.TraceState(state.velocity), params)
+        return updates, LarsState(after.trace)
 
     return optax.chain(_clip(optim), optax.GradientTransformation(init, update))
 

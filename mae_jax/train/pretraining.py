@@ -1,7 +1,7 @@
 """The objective of pretraining: pixels of hidden patches (He et al. 2021, section 3)."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from mae_jax import rng
 from mae_jax.config import OptimConfig, PretrainConfig, wide
+from mae_jax.models import Params
 from mae_jax.models.mae import MaskedAutoencoder, Output, trained
 from mae_jax.models.masking import Noise
-from mae_jax.train.objective import Batch, Images, Params, normalise_images
+from mae_jax.models.patches import Images
+from mae_jax.train.objective import Batch, normalise_images
 from mae_jax.train.optimizers import direction
 
 
@@ -21,9 +23,10 @@ class Pretraining:
     """The masked autoencoder's own loss; every parameter is trained but the basis of a PCA target."""
 
     config: PretrainConfig
+    together: ClassVar[int] = 1
 
     def init(self) -> Params:
-        """Compiled, since operation by operation every one of the forward pass would be compiled by itself."""
+        """Make random parameters, as one program: by itself every operation of the forward pass would be compiled."""
         model = self.config.model
         images = jnp.zeros((1, *model.image_hw, model.in_channels), wide(model.dtype))
         noise = jnp.zeros((1, model.num_patches), jnp.float32)
@@ -40,7 +43,7 @@ class Pretraining:
         return None
 
     def inputs(self, batch: Batch, pixels: Array, step: Int[Array, ""]) -> tuple[Images, Noise]:
-        """Images, and the noise that their masks are made of."""
+        """Normalise images, and draw the noise that their masks are made of."""
         config = self.config
         images = normalise_images(pixels, config.augment, wide(config.model.dtype))
         key = rng.device_key(config.seed, "mask")
@@ -51,5 +54,5 @@ class Pretraining:
 
 
 def reconstruction_loss(model: MaskedAutoencoder, params: Params, images: Images, noise: Noise) -> Float[Array, ""]:
-    """The loss of one batch."""
+    """Compute the loss of one batch."""
     return cast(Output, model.apply({"params": params}, images, noise)).loss

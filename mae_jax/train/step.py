@@ -12,45 +12,51 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from mae_jax.config import Run, wide
+from mae_jax.models import Params
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.models.masking import Noise
+from mae_jax.models.patches import Images
 from mae_jax.train.crops import crop_images
-from mae_jax.train.objective import Batch, Images, Objective, Params
+from mae_jax.train.objective import Batch, Objective
 from mae_jax.train.optimizers import learning_rate
 from mae_jax.train.pretraining import Pretraining, reconstruction_loss
 
-Tree = dict[str, Any]
 
-
-def select(params: Tree, chosen: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> Tree:
-    """The leaves of a nested dictionary whose path is chosen; branches without any are gone."""
-    found: Tree = {}
+def select(params: Params, wanted: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> Params:
+    """Keep the leaves of a nested dictionary whose path is wanted; branches without any are left out."""
+    found: Params = {}
     for name, value in params.items():
         here = (*path, name)
         if isinstance(value, dict):
-            if branch := select(value, chosen, here):
+            if branch := select(value, wanted, here):
                 found[name] = branch
-        elif chosen(here):
+        elif wanted(here):
             found[name] = value
     return found
 
 
-def merge(params: Tree, part: Tree) -> Tree:
-    """`params` with the leaves of `part` in place of its own."""
+def merge(params: Params, part: Params) -> Params:
+    """Put the leaves of `part` in place of those of `params`."""
     return {
         name: merge(value, part[name]) if isinstance(value, dict) and name in part else part.get(name, value)
         for name, value in params.items()
     }
 
 
-def mean_of_parts(function: Callable[[Any], Any], inputs: Any, count: int) -> Any:
-    """The mean of what `function` makes of `count` equal parts of the inputs, one after another.
+def mean_of_parts(function: Callable[[Any], Any], inputs: Any, count: int, together: int = 1) -> Any:
+    """Average what `function` makes of `count` equal parts of the inputs, one after another.
 
-    A part takes every `count`-th row: where the rows are cut over devices, it has as many of each device.
+    A part takes every `count`-th group of `together` neighbouring rows: where the rows are cut over devices, it has as
+    many of each device.
     """
     if count == 1:
         return function(inputs)
-    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), inputs)
+
+    def cut(x: jax.Array) -> jax.Array:
+        groups = x.reshape(-1, count, together, *x.shape[1:])
+        return groups.swapaxes(0, 1).reshape(count, -1, *x.shape[1:])
+
+    parts = jax.tree.map(cut, inputs)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts)))
     total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, parts)
     return jax.tree.map(lambda x: x / count, total)
@@ -77,7 +83,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_objective(config: Run, axis_name: str | None = None) -> Objective:
-    """What a run of this configuration minimises."""
+    """Make the objective that a run of this configuration minimises."""
     if config.kind == "pretraining":
         return Pretraining(config)
     from mae_jax.train.classification import Classification  # noqa: PLC0415 - pretraining does without
@@ -86,7 +92,7 @@ def make_objective(config: Run, axis_name: str | None = None) -> Objective:
 
 
 def init_state(config: Run) -> TrainState:
-    """The state before the first step; depends on the configuration and its seed alone."""
+    """Make the state before the first step, from the configuration and its seed alone."""
     objective = make_objective(config)
     params = objective.init()
     return TrainState(
@@ -98,23 +104,30 @@ def init_state(config: Run) -> TrainState:
 
 
 def make_step(config: Run, *, steps_per_epoch: float, epochs: float, axis_name: str | None = None) -> Step:
-    """The step of a run; `steps_per_epoch` may be fractional, `epochs` is how long the learning rate's curve is."""
+    """Make the step of a run.
+
+    steps_per_epoch: may be fractional. epochs: how long the learning rate's curve is. axis_name: of the devices whose
+      losses and gradients are averaged, where the step is one device's.
+    """
     objective = make_objective(config, axis_name)
     direction = objective.direction(config.optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        pixels = jnp.asarray(batch.images)
-        if batch.crops is not None:
-            pixels = crop_images(pixels, batch.crops, config.model.image_hw)
         trained = select(state.params, objective.trained)
 
         def loss_of(trained: Params, inputs: Any) -> tuple[Float[Array, ""], Params]:
             return objective.loss(merge(state.params, trained), inputs)
 
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, replaced), grads = mean_of_parts(
-            lambda part: gradient(trained, part), objective.inputs(batch, pixels, state.step), config.accumulate
-        )
+        def gradient_of(part: Batch) -> Any:
+            # Bytes become numbers part by part: the whole batch would take four times its memory.
+            pixels = jnp.asarray(part.images)
+            if part.crops is not None:
+                pixels = crop_images(pixels, part.crops, config.model.image_hw)
+            inputs = objective.inputs(part, pixels, state.step)
+            return jax.value_and_grad(loss_of, has_aux=True)(trained, inputs)
+
+        arrays = jax.tree.map(jnp.asarray, batch)
+        (loss, replaced), grads = mean_of_parts(gradient_of, arrays, config.accumulate, objective.together)
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
 
@@ -138,7 +151,7 @@ def make_step(config: Run, *, steps_per_epoch: float, epochs: float, axis_name: 
 def loss_and_gradients(
     model: MaskedAutoencoder, params: Params, images: Images, noise: Noise, accumulate: int = 1
 ) -> tuple[Float[Array, ""], Params]:
-    """A masked autoencoder's loss and its gradient, averaged over `accumulate` equal parts of the batch.
+    """Compute a masked autoencoder's loss and its gradient, averaged over `accumulate` equal parts of the batch.
 
     Every example hides as many patches as any other, so the mean of the parts' means is the mean of the batch.
     """

@@ -54,7 +54,7 @@ def test_a_row_is_in_the_file_at_once(tmp_path):
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     with RunLog(tmp_path, 0, 20) as log:
-        log.say("starting")
+        log.message("starting")
         log.row(10, {"loss": 0.123456, "learning_rate": 1e-3, "grad_norm": 7.0})
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "starting"
@@ -152,6 +152,6 @@ def test_other_hosts_write_nothing(tmp_path, capsys):
         log.step_done()
         log.row(1, {"loss": 1.0})
         log.picture("x", 1, np.zeros((4, 4, 3), np.uint8))
-        log.say("a file is broken")
+        log.message("a file is broken")
     assert capsys.readouterr().out == "host 3: a file is broken\n"
     assert list(tmp_path.iterdir()) == []

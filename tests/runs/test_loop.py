@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
+from mae_jax.runs import loop, run
 from mae_jax.runs.pretrain import Pictures, pretrain
-from mae_jax.train import loop, run
 
 
 def test_a_row_counts_all_of_its_steps(tiny, tmp_path, monkeypatch):
@@ -25,7 +25,7 @@ def test_a_row_counts_all_of_its_steps(tiny, tmp_path, monkeypatch):
 def test_a_stopped_run_draws_no_picture(tiny, tmp_path, monkeypatch):
     """Whoever stops it waits for the checkpoint alone."""
     drawn = []
-    monkeypatch.setattr(Pictures, "after", lambda watch, step, state, last: drawn.append(step))
+    monkeypatch.setattr(Pictures, "after", lambda pictures, run, step, state, last: drawn.append(step))
 
     class AtOnce(run.StopRequest):
         def after(self, step):
@@ -45,7 +45,7 @@ def test_a_stopped_run_draws_no_picture(tiny, tmp_path, monkeypatch):
 def test_a_signal_during_the_last_step_is_told(tiny, tmp_path, monkeypatch, at, ended_by):
     """For what comes after it was left out; the same command makes up for it."""
     drawn = []
-    monkeypatch.setattr(Pictures, "after", lambda watch, step, state, last: drawn.append(step))
+    monkeypatch.setattr(Pictures, "after", lambda pictures, run, step, state, last: drawn.append(step))
 
     class At(run.StopRequest):
         def after(self, step):

@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from mae_jax.config import MODELS, TransformerConfig
-from mae_jax.errors import StatedError
 from mae_jax.runs.plan import largest_batch, mask_token_ratio, measure, paper_rows, parse_bytes, plan, traffic
 from mae_jax.train.step import init_state
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize(("text", "count"), [("40GiB", 40 * 2**30), ("1.5 KB", 1500), ("7B", 7), ("512MiB", 2**29)])
@@ -21,15 +21,15 @@ def test_bytes_are_read(text, count):
 
 @pytest.mark.parametrize("text", ["40", "GiB", "x MB", "-1GB", "", "0GiB", "0.1B", "1.5.5GB", "²GB", "1e3GB"])
 def test_what_is_no_number_of_bytes_is_refused(text):
-    with pytest.raises(StatedError, match="is not a positive number with one of"):
+    with refused("memory", text):
         parse_bytes(text)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_machine_that_cannot_be_is_refused(tiny, value):
-    with pytest.raises(StatedError, match=rf"flops {value} of a device must be positive and finite"):
+    with refused("flops", f"{value} of a device must be positive and finite"):
         plan(tiny(), 1000, value, 1e9)
-    with pytest.raises(StatedError, match=rf"bandwidth {value} of a device must be positive and finite"):
+    with refused("bandwidth", str(value)):
         plan(tiny(), 1000, 1e12, value)
 
 
@@ -61,12 +61,29 @@ def test_a_plan_of_a_small_run(tiny):
     assert "DOES NOT FIT" in said
 
 
+def test_whole_images_are_planned_where_the_device_cuts_the_crops(tiny):
+    config = dataclasses.replace(tiny(), crops="device", canvas_size=24, devices=1)
+    planned, _ = measure(config)
+    assert planned.batch == config.batch_size * (24 * 24 + 4 + 5 * 4)  # canvas, position, box and flip
+
+
+@pytest.mark.parametrize("crops", ["host", "device"])
+def test_a_batch_in_parts_is_never_whole_in_float32(tiny, crops):
+    model = dataclasses.replace(tiny().model, image_size=128, patch_size=64)
+    config = dataclasses.replace(tiny(), model=model, crops=crops, batch_size=512, devices=1)
+    in_float32 = 4 * config.batch_size * 128 * 128
+    whole, _ = measure(config)
+    parts, _ = measure(dataclasses.replace(config, accumulate=16))
+    assert parts.activations < in_float32 < whole.activations
+
+
 MEASURE = """
 import dataclasses, sys, jax, numpy as np
 from mae_jax.config import ModelConfig, PretrainConfig, TransformerConfig
 from mae_jax.runs.plan import measure
 from mae_jax.train.objective import Batch
 from mae_jax.train.step import init_state
+from tests.refusals import refused
 
 def status(name):
     lines = open("/proc/self/status").read().splitlines()
