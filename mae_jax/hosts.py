@@ -40,9 +40,10 @@ HEARTBEAT = 100  # seconds without a heartbeat after which a host is gone; one t
 GATHER_WITHIN = 600  # seconds for all hosts to come to the same `gather`
 LINGER = 1.5  # seconds that a host 0 that fails keeps its store up, for the others to read why
 
-CHECK = (
-    "Check that all hosts were started, with the same --coordinator and --num-processes and each with its own "
-    "--process-id, and that the port is open."
+# What to look for where hosts do not meet.
+WHAT = (
+    "whether each was started with the same --coordinator and --num-processes and its own --process-id, and whether "
+    "the port is open"
 )
 
 # How an error of a collective operation begins, whichever library raised it: a status of absl.
@@ -108,9 +109,15 @@ class Hosts:
     def abandon(self, reason: str) -> None:
         """End this process, from whichever thread, where other hosts would wait for it; return where it is alone."""
         if self.count > 1:
-            print(f"mae-jax: {reason}", file=sys.stderr, flush=True)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                reason = "\n".join(self.failures()) or reason  # what another failed at comes before what follows
+            _report(reason)
             self.leave_word(reason)
             os._exit(1)
+
+
+def _report(text: str) -> None:
+    print(f"mae-jax: {text}", file=sys.stderr, flush=True)
 
 
 def _store() -> Any:
@@ -176,11 +183,8 @@ def _join(joining: Joining) -> bool:
             _check_port(joining.coordinator)
         else:
             _wait_for_first(joining, joining.coordinator)
-    print(
-        f"mae-jax: {joining.name} joins by {joining.by}, and waits {START_WITHIN} s for the others; then JAX aborts. "
-        f"{CHECK}",
-        file=sys.stderr,
-        flush=True,
+    _report(
+        f"{joining.name} joins by {joining.by}. If not all come within {START_WITHIN} s, JAX aborts: see then {WHAT}"
     )
     try:
         jax.distributed.initialize(
@@ -198,7 +202,7 @@ def _join(joining: Joining) -> bool:
         return False  # libtpu without a TPU
     except RuntimeError as error:
         raise StatedError(
-            f"{joining.name} cannot join by {joining.by} ({str(error).partition(chr(10))[0]}). {CHECK}",
+            f"{joining.name} cannot join by {joining.by} ({str(error).partition(chr(10))[0]}): see {WHAT}",
             field="coordinator",
         ) from error
     return jax.process_count() > 1
@@ -210,14 +214,10 @@ def _check_port(coordinator: str) -> None:
     Raises:
       StatedError: it is in use, or not allowed.
     """
-    host, _, port = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{coordinator.rpartition(':')[2]}").rpartition(
-        ":"
-    )
-    family = socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET
+    port = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator).rpartition(":")[2]
     try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is left of connections does not count
-            probe.bind((host.strip("[]") if socket.has_ipv6 else "", int(port)))
+        # On all addresses, as JAX does. What is left there of connections that have ended does not count.
+        socket.create_server(("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True).close()
     except OSError as error:
         raise StatedError(
             f"coordinator {coordinator}: host 0 cannot listen on port {port} ({error.strerror}): give another one to "
@@ -240,16 +240,12 @@ def _wait_for_first(joining: Joining, coordinator: str) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 raise StatedError(
-                    f"nothing listens at coordinator {coordinator} since {START_WITHIN} s ({error}). {CHECK}",
+                    f"coordinator {coordinator} has not answered within {START_WITHIN} s ({error}): see {WHAT}",
                     field="coordinator",
                 ) from error
             if str(error) != reason:
                 reason = str(error)
-                print(
-                    f"mae-jax: {joining.name} waits {START_WITHIN} s for host 0 at {coordinator} ({reason})",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _report(f"{joining.name} waits up to {START_WITHIN} s for host 0 at {coordinator} ({reason})")
             time.sleep(0.5)
         else:
             return
@@ -268,7 +264,7 @@ def check_platform() -> None:
         if not platforms:
             raise
         raise StatedError(
-            f"JAX_PLATFORMS is {platforms}, and JAX finds no such device ({error or type(error).__name__}): unset it, "
-            "or see whether the driver and the plugin for it are installed",
+            f"JAX_PLATFORMS is {platforms}, and JAX finds no such device ({str(error) or 'it gives no reason'}): unset "
+            "it, or see whether the driver and the plugin for it are installed",
             field="JAX_PLATFORMS",
         ) from error

@@ -36,7 +36,7 @@ def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], Fi
     flags = read_flags(args, prog, FinetuneFlags, presets, _adopt)
     config = plain(flags, FinetuneConfig)
     cpu.settle(config.model, config.batch_size // config.accumulate)
-    prepare_jax(config.model.dtype)
+    prepare_jax(config.model.dtype, hosts_may_join=True)
     from mae_jax.cli.signals import stop_on_signals
     from mae_jax.hosts import joined
     from mae_jax.runs.finetune import EVALUATED, evaluate, finetune

@@ -13,7 +13,7 @@ def pretrain(args: Sequence[str], prog: str) -> int:
 
     config = read_flags(args, prog, PretrainConfig, PRESETS)
     cpu.settle(config.model, config.batch_size // config.accumulate)
-    prepare_jax(config.model.dtype)
+    prepare_jax(config.model.dtype, hosts_may_join=True)
     from mae_jax.cli.signals import stop_on_signals
     from mae_jax.hosts import joined
     from mae_jax.runs.pretrain import pretrain
