@@ -113,9 +113,12 @@ class StepsInFlight:
     def wait(self) -> None:
         """Wait for the oldest until another step may be given out."""
         while len(self._steps) >= max(1, min(self._most, self.AHEAD // max(self._seconds, 1e-6))):
+            began = time.perf_counter()
             jax.block_until_ready(self._steps.popleft())
             now = time.perf_counter()
-            self._seconds, self._done = now - self._done, now
+            if now - began > 1e-3:  # else it was done some time ago
+                self._seconds = now - self._done
+            self._done = now
 
 
 class Loop:
