@@ -195,15 +195,16 @@ from mae_jax.presets.transfer import FINETUNE, PROBE
 from mae_jax.runs.finetune import finetune
 from mae_jax.runs.pretrain import pretrain
 
-workdir, tiny, common, inits = (word.split("|") for word in sys.argv[1:])
-runs = []
-for number, init in enumerate(inits):
-    words = ["digits", f"--init={init}", "--steps=1", "--engine=jit", "--workers=0", *common]
-    where = f"--workdir={workdir[0]}/{number}"
-    runs.append((pretrain, read_flags([*words, *tiny, where + "pretrain"], "", PretrainConfig, PRESETS)))
-    words += ["--batch-size=32", "--optim.warmup-epochs=0"]
-    runs.append((finetune, read_flags([*words, where + "finetune"], "", FinetuneConfig, FINETUNE, _adopt)))
-    runs.append((finetune, read_flags([*words, where + "probe"], "", FinetuneConfig, PROBE, _adopt)))
+common, tiny, inits, workdirs = (word.split("|") for word in sys.argv[1:])
+words = [
+    ["digits", f"--init={init}", f"--workdir={workdir}", "--steps=1", "--engine=jit", "--batch-size=32", *common]
+    for init, workdir in zip(inits, workdirs)
+]
+runs = [
+    (pretrain, read_flags([*words[0], *tiny], "", PretrainConfig, PRESETS)),
+    (finetune, read_flags([*words[1], "--optim.warmup-epochs=0"], "", FinetuneConfig, FINETUNE, _adopt)),
+    (finetune, read_flags([*words[2], "--optim.warmup-epochs=0"], "", FinetuneConfig, PROBE, _adopt)),
+]
 with joined(runs[0][1]) as hosts:
     for train, config in runs:
         print(train(config, hosts))
@@ -212,26 +213,19 @@ with joined(runs[0][1]) as hosts:
 
 @pytest.mark.slow
 def test_weights_to_start_from(start: Start, never_stopped: Path, tmp_path: Path) -> None:
-    """Of a run, of one of its checkpoints and of a PyTorch file, for every kind of run."""
+    """Pretraining from a run, a fine-tuning from one of its checkpoints, a probe from a PyTorch file."""
     config, params, _ = load_params(never_stopped)
-    mae_jax.save_torch(params, config.model, tmp_path, layout="fair")
-    (ported,) = tmp_path.glob("*.pth")
-    inits = [never_stopped, never_stopped / "checkpoints" / str(STEPS), ported]
-    common = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
-    words = [[tmp_path], TINY, None, inits]
-
-    def host(index: int) -> subprocess.Popen:
-        words[2] = [*common, f"--process-id={index}"]
-        return start(*("|".join(map(str, word)) for word in words), program=("-c", INITS))
-
-    done = finish([host(0), host(1)])
+    mae_jax.save_torch(params, config.model, tmp_path / "fair", layout="fair")
+    inits = [never_stopped, never_stopped / "checkpoints" / str(STEPS), *(tmp_path / "fair").glob("*.pth")]
+    workdirs = [tmp_path / name for name in ("pretrain", "finetune", "probe")]
+    coordinator = f"--coordinator=127.0.0.1:{free_port()}"
+    processes = []
+    for host in (0, 1):
+        common = ["--workers=0", coordinator, "--num-processes=2", f"--process-id={host}"]
+        words = ["|".join(map(str, word)) for word in (common, TINY, inits, workdirs)]
+        processes.append(start(*words, program=("-c", INITS)))
+    done = finish(processes)
     assert [code for code, _, _ in done] == [0, 0], done
-    kinds = ("pretrain", "finetune", "probe")
-    for number, init in enumerate(inits):
-        for kind in kinds:
-            workdir = tmp_path / f"{number}{kind}"
-            assert (workdir / "checkpoints" / "1").is_dir(), (kind, init)
-    # The same weights, so that the first losses are the same.
-    for kind in kinds:
-        first = [rows(tmp_path / f"{number}{kind}")[0]["loss"] for number in range(len(inits))]
-        np.testing.assert_allclose(first, first[0], rtol=1e-6)
+    for workdir in workdirs:
+        assert (workdir / "checkpoints" / "1").is_dir()
+    assert rows(workdirs[0])[0]["loss"] < losses(never_stopped)[0]  # it goes on where the other ended
