@@ -12,7 +12,7 @@ How JAX behaves (0.10, on CPUs), and what follows from it here:
   `joined` makes a sentence of it.
 - `initialize` aborts in the same way where not all hosts come in time, and crashes where its port is in use. So the
   port is tried before, and each host waits for the first by a plain connection.
-- SIGTERM is caught by JAX's preemption service after `initialize`, in C++.
+- SIGTERM is caught by JAX's preemption service after `initialize`, in C++ (`runs/stop.py`).
 - A host that leaves by an exception waits for the others at the exit barrier, and they for it in a step: it must end
   by `os._exit`.
 """
