@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mae_jax.cli import compiled, cpu
+from mae_jax.cli import process
 from mae_jax.cli.flags import end_run, prepare_jax, read_flags
 
 
@@ -12,12 +12,12 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     from mae_jax.presets.pretraining import PRESETS
 
     config = read_flags(args, prog, PretrainConfig, PRESETS)
-    cpu.settle(config.model, config.batch_size // config.accumulate)
+    process.settle(config.model, config.batch_size // config.accumulate)
     prepare_jax(config.model.dtype)
     from mae_jax.hosts import joined
     from mae_jax.runs.pretrain import pretrain
 
-    compiled.keep_compiled()
+    process.keep_programs()
     with joined(config) as hosts:
         finished = pretrain(config, hosts)
     return end_run(finished, args, prog)
