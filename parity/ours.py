@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mae_jax.models import mae
-from mae_jax.port.keys import Params, Tensors, from_fair, to_fair
+from mae_jax.models import Params, mae
+from mae_jax.port.keys import Tensors, from_fair, to_fair
 from mae_jax.train import engines, objective, optimizers
 from mae_jax.train import step as steps
 from mae_jax.train.step import merge, select

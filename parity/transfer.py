@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from mae_jax.config import ClassifierConfig, FinetuneConfig, MixConfig, OptimConfig
+from mae_jax.models import Params
 from mae_jax.models import blocks as layers
-from mae_jax.port.keys import Params, entries, from_fair, to_fair
+from mae_jax.port.keys import entries, from_fair, to_fair
 from mae_jax.train import classification, engines, mixing, objective, optimizers
 from mae_jax.train import step as steps
 from parity import torch_mae, torch_transfer

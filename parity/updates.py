@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.models import mae
-from mae_jax.port.keys import Params, entries, from_fair, to_fair
+from mae_jax.models import Params, mae
+from mae_jax.port.keys import entries, from_fair, to_fair
 from mae_jax.train import optimizers
 from parity import torch_train
 from parity.compare import Pair

@@ -22,9 +22,10 @@ from mae_jax.data.sources.split import Chosen
 from mae_jax.errors import StatedError
 from mae_jax.files import save_picture
 from mae_jax.hosts import Hosts
+from mae_jax.models import Params
 from mae_jax.models.classifier import Classifier, Pooled
 from mae_jax.train.classification import folded, head_logits
-from mae_jax.train.objective import Params, normalise_images
+from mae_jax.train.objective import normalise_images
 
 _MOST = 256  # images a device at once
 

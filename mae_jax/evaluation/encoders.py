@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from mae_jax import rng
 from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig
+from mae_jax.models import Params
 from mae_jax.models.classifier import Classifier
 from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import Config, encoder_config
 from mae_jax.port.read import is_run, read_weights, require_applicable
 from mae_jax.storage.checkpoints import load_params
 from mae_jax.storage.workdir import find_checkpoint, read_record
-from mae_jax.train.objective import Params
 from mae_jax.train.step import init_state
 
 

@@ -17,9 +17,10 @@ from mae_jax.data.evaluation import evaluation_batches
 from mae_jax.data.sources.source import Source
 from mae_jax.errors import StatedError
 from mae_jax.files import check_place, whole
+from mae_jax.models import Params
 from mae_jax.models.blocks import LayerNorm, Tokens
 from mae_jax.models.mae import Encoder, everything_visible
-from mae_jax.train.objective import Params, normalise_images
+from mae_jax.train.objective import normalise_images
 
 # Two files hold the same features of different images where these agree.
 _SAME = ("source", "step", "pooling", "block")

@@ -14,7 +14,7 @@ from mae_jax.data.sources.source import Source, open_source
 from mae_jax.errors import NoSuchSplitError, StatedError
 from mae_jax.evaluation.encoders import load_pretrained, untrained
 from mae_jax.evaluation.features import Features, check_alike, load_features, source_features
-from mae_jax.train.objective import Params
+from mae_jax.models import Params
 
 
 class Sizes(NamedTuple):

@@ -18,12 +18,13 @@ from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig, wide
 from mae_jax.data.evaluation import load_images, load_samples
 from mae_jax.data.sources.source import open_source
 from mae_jax.errors import StatedError
+from mae_jax.models import Params
 from mae_jax.models.losses import from_coefficients, patch_statistics
 from mae_jax.models.mae import MaskedAutoencoder, Output
 from mae_jax.models.masking import Noise
 from mae_jax.models.patches import patchify, unpatchify
 from mae_jax.storage.checkpoints import load_params
-from mae_jax.train.objective import Params, normalise_images
+from mae_jax.train.objective import normalise_images
 
 Bytes = UInt8[Array, "batch height width channels"]
 

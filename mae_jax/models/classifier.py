@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 from mae_jax.config import ClassifierConfig, wide
 from mae_jax.models.blocks import Dense, LayerNorm, drop_path
 from mae_jax.models.mae import Encoder, everything_visible
+from mae_jax.models.patches import Images
 
 Pooled = Float[Array, "batch encoder_width"]
 
@@ -29,7 +30,7 @@ class Classifier(nn.Module):
 
     def __call__(
         self,
-        images: Float[Array, "batch height width channels"],
+        images: Images,
         uniforms: Float[Array, "batch depth 2"] | None = None,
     ) -> Float[Array, "batch classes"]:
         """The logits, in float32 or wider; with uniforms in [0, 1), branches are dropped at the configured rate."""
@@ -37,7 +38,7 @@ class Classifier(nn.Module):
 
     def pool(
         self,
-        images: Float[Array, "batch height width channels"],
+        images: Images,
         uniforms: Float[Array, "batch depth 2"] | None = None,
     ) -> Pooled:
         """What the head sees."""

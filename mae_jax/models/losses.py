@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Patches = Float[Array, "batch patches values"]
+from mae_jax.models.patches import Patches
+
 Coefficients = Float[Array, "batch patches components"]
 Predicted = Float[Array, "batch patches predicted"]  # pixels of each patch, or principal coefficients
 

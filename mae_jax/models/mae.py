@@ -18,16 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from mae_jax.config import ModelConfig, wide
 from mae_jax.models.blocks import Dense, LayerNorm, Tokens, block_class
-from mae_jax.models.losses import (
-    Coefficients,
-    Patches,
-    Predicted,
-    normalise_patches,
-    patch_errors,
-    principal_coefficients,
-)
+from mae_jax.models.losses import Coefficients, Predicted, normalise_patches, patch_errors, principal_coefficients
 from mae_jax.models.masking import Ids, Mask, Noise, make_mask
-from mae_jax.models.patches import patchify
+from mae_jax.models.patches import Images, Patches, patchify
 from mae_jax.models.positions import fixed_positions
 
 # What the encoder gives the decoder, which has more tokens of another width.
@@ -188,9 +181,7 @@ def with_positions(
     return jnp.concatenate([first, tokens], axis=1)
 
 
-def everything_visible(
-    images: Float[Array, "batch height width channels"], config: ModelConfig
-) -> tuple[Patches, Mask]:
+def everything_visible(images: Images, config: ModelConfig) -> tuple[Patches, Mask]:
     """All patches in image order, and the mask that hides none."""
     patches = patchify(images.astype(wide(config.dtype)), config.patch_hw)
     ids = jnp.broadcast_to(jnp.arange(patches.shape[1]), patches.shape[:2])
@@ -229,7 +220,7 @@ class MaskedAutoencoder(nn.Module):
         if self.config.pca_components is not None:
             self.components = PrincipalComponents(self.config, name="target")
 
-    def __call__(self, images: Float[Array, "batch height width channels"], noise: Noise) -> Output:
+    def __call__(self, images: Images, noise: Noise) -> Output:
         """Normalised images, and noise of one row of L values an example, to `Output`.
 
         Raises:
@@ -259,7 +250,7 @@ class MaskedAutoencoder(nn.Module):
             latent=self.in_image_order(latent, mask) if config.encoder_mask_tokens else latent,
         )
 
-    def encode(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens encoder_width"]:
+    def encode(self, images: Images) -> Float[Array, "batch tokens encoder_width"]:
         """The encoder's tokens with every patch visible: class token first, then the patches in image order."""
         return self.encoder(*everything_visible(images, self.config))
 

@@ -1,9 +1,9 @@
 """Images to patches and back (He et al. 2021, section 3)."""
 
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float
 
-Images = Shaped[Array, "batch height width channels"]
-Patches = Shaped[Array, "batch patches values"]
+Images = Float[Array, "batch height width channels"]
+Patches = Float[Array, "batch patches values"]
 
 
 def patchify(images: Images, patch_hw: tuple[int, int]) -> Patches:

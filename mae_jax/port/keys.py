@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Float
 
 from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
+from mae_jax.models import Params
 from mae_jax.models.positions import fixed_positions
 
 Config = ModelConfig | ClassifierConfig
 Part = Literal["all", "encoder"]
 
-Params = dict[str, Any]
 Tensors = dict[str, np.ndarray]
 Layout = Literal["same", "transposed", "convolution"]
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from mae_jax.config import Dtype, FinetuneConfig, ModelConfig, RunConfig, Size, wide
 from mae_jax.errors import StatedError
+from mae_jax.models import Params
 from mae_jax.port.infer_config import Hints, infer_config
-from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, from_fair
+from mae_jax.port.keys import Config, Part, Tensors, encoder_config, from_fair
 from mae_jax.port.layouts import Layout, detect, from_layout, in_decoder
 from mae_jax.port.metadata import CONFIG, check_settings, hints_in, normalisation_in, read_json, said_in
 from mae_jax.port.tensors import Contents, read_file

@@ -11,11 +11,12 @@ import numpy as np
 
 from mae_jax.config import ClassifierConfig, ModelConfig
 from mae_jax.errors import StatedError
+from mae_jax.models import Params
 from mae_jax.models.classifier import Classifier
 from mae_jax.models.mae import MaskedAutoencoder, Output
 from mae_jax.port import layouts
 from mae_jax.port.formats import Format, file_in
-from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, frozen_tables, to_fair
+from mae_jax.port.keys import Config, Part, Tensors, encoder_config, frozen_tables, to_fair
 from mae_jax.port.layouts import from_layout, written
 from mae_jax.port.receivers.hugging_face import hugging_face
 from mae_jax.port.receivers.lightly import lightly

@@ -12,8 +12,9 @@ import numpy as np
 
 from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig
 from mae_jax.errors import StatedError
+from mae_jax.models import Params
 from mae_jax.port.formats import Format, file_in, is_folder, require_expressible
-from mae_jax.port.keys import Config, Params, Part, Tensors, encoder_config, to_fair
+from mae_jax.port.keys import Config, Part, Tensors, encoder_config, to_fair
 from mae_jax.port.layouts import to_layout, written
 from mae_jax.port.tensors import SAFETENSORS, beside, write_safetensors, write_torch
 from mae_jax.port.weights import Weights, default_normalisation

@@ -14,6 +14,7 @@ from mae_jax.data.sources.split import split_for_training
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, judge, write_mistakes
 from mae_jax.hosts import Hosts
+from mae_jax.models import Params
 from mae_jax.runs.initial import start_from
 from mae_jax.runs.log import read_metrics
 from mae_jax.runs.loop import Finished, TrainingRun
@@ -21,7 +22,6 @@ from mae_jax.runs.run import memory_errors, run
 from mae_jax.storage.checkpoints import BEST, drop_later, save_best
 from mae_jax.storage.workdir import checkpoint_folders, make_writable, unwritable
 from mae_jax.train.build import build_engine, run_length
-from mae_jax.train.objective import Params
 from mae_jax.train.step import TrainState, init_state
 
 ALONE = Hosts()

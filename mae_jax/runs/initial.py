@@ -10,13 +10,13 @@ import numpy as np
 
 from mae_jax.config import FinetuneConfig, ModelConfig, Run
 from mae_jax.errors import StatedError
+from mae_jax.models import Params
 from mae_jax.models.positions import fixed_positions
 from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import encoder_config
 from mae_jax.port.read import is_run, read_weights
 from mae_jax.port.weights import Weights
 from mae_jax.storage.workdir import find_checkpoint, read_record
-from mae_jax.train.objective import Params
 from mae_jax.train.step import TrainState
 
 Message = Callable[[str], None]

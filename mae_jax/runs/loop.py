@@ -20,12 +20,13 @@ from mae_jax.data.sources.source import Source
 from mae_jax.data.stream import TrainingBatch, training_batches
 from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
+from mae_jax.models import Params
 from mae_jax.runs.log import Log
 from mae_jax.runs.stop import StopRequest
 from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.train.build import Length
 from mae_jax.train.engines import Engine
-from mae_jax.train.objective import Batch, Params
+from mae_jax.train.objective import Batch
 from mae_jax.train.step import Metrics, TrainState
 
 

@@ -11,9 +11,9 @@ from mae_jax.data.evaluation import load_samples
 from mae_jax.data.sources.source import Source, absolute, open_source
 from mae_jax.evaluation.reconstruct import draw, reconstruct, sample_noise
 from mae_jax.hosts import Hosts
+from mae_jax.models import Params
 from mae_jax.runs.loop import Finished, TrainingRun
 from mae_jax.runs.run import run
-from mae_jax.train.objective import Params
 from mae_jax.train.step import TrainState
 
 ALONE = Hosts()

@@ -22,6 +22,7 @@ from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 from mae_jax.config import FinetuneConfig, PretrainConfig, Run
 from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
+from mae_jax.models import Params
 from mae_jax.storage.checksums import check_fingerprint, fingerprint
 from mae_jax.storage.workdir import (
     CHECKPOINTS,
@@ -32,7 +33,6 @@ from mae_jax.storage.workdir import (
     read_record,
     unwritable,
 )
-from mae_jax.train.objective import Params
 from mae_jax.train.step import init_state
 
 

@@ -11,9 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from mae_jax import rng
 from mae_jax.config import FinetuneConfig, OptimConfig, wide
+from mae_jax.models import Params
 from mae_jax.models.classifier import Classifier, Pooled
+from mae_jax.models.patches import Images
 from mae_jax.train.mixing import Targets, erase, mix, smooth_targets
-from mae_jax.train.objective import Batch, Images, Params, normalise_images
+from mae_jax.train.objective import Batch, normalise_images
 from mae_jax.train.optimizers import direction, intact, kernel_mask, layer_rates, of_each_head
 
 BATCH_NORM_EPS = 1e-6

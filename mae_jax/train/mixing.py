@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from mae_jax.config import MixConfig
+from mae_jax.models.patches import Images
 
-Images = Float[Array, "batch height width channels"]
 Targets = Float[Array, "batch classes"]
 Scalar = Float[Array, ""]
 

@@ -8,9 +8,8 @@ import optax
 from jaxtyping import Array, Float, Int, UInt, UInt8
 
 from mae_jax.config import AugmentConfig, OptimConfig
-
-Params = Any
-Images = Float[Array, "batch height width channels"]
+from mae_jax.models import Params
+from mae_jax.models.patches import Images
 
 
 class Batch(NamedTuple):

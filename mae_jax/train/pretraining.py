@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from mae_jax import rng
 from mae_jax.config import OptimConfig, PretrainConfig, wide
+from mae_jax.models import Params
 from mae_jax.models.mae import MaskedAutoencoder, Output, trained
 from mae_jax.models.masking import Noise
-from mae_jax.train.objective import Batch, Images, Params, normalise_images
+from mae_jax.models.patches import Images
+from mae_jax.train.objective import Batch, normalise_images
 from mae_jax.train.optimizers import direction
 
 

@@ -12,19 +12,19 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from mae_jax.config import Run, wide
+from mae_jax.models import Params
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.models.masking import Noise
+from mae_jax.models.patches import Images
 from mae_jax.train.crops import crop_images
-from mae_jax.train.objective import Batch, Images, Objective, Params
+from mae_jax.train.objective import Batch, Objective
 from mae_jax.train.optimizers import learning_rate
 from mae_jax.train.pretraining import Pretraining, reconstruction_loss
 
-Tree = dict[str, Any]
 
-
-def select(params: Tree, wanted: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> Tree:
+def select(params: Params, wanted: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> Params:
     """Keep the leaves of a nested dictionary whose path is wanted; branches without any are left out."""
-    found: Tree = {}
+    found: Params = {}
     for name, value in params.items():
         here = (*path, name)
         if isinstance(value, dict):
@@ -35,7 +35,7 @@ def select(params: Tree, wanted: Callable[[tuple[str, ...]], bool], path: tuple[
     return found
 
 
-def merge(params: Tree, part: Tree) -> Tree:
+def merge(params: Params, part: Params) -> Params:
     """Put the leaves of `part` in place of those of `params`."""
     return {
         name: merge(value, part[name]) if isinstance(value, dict) and name in part else part.get(name, value)

@@ -70,7 +70,7 @@ def test_patches_that_do_not_fit_the_grid_are_refused(count, values):
 
 
 def test_jax_arrays_are_cut_alike():
-    images = numbered(2, 6, 8, 3)
+    images = numbered(2, 6, 8, 3).astype(np.float32)
     patches = module.patchify(jnp.asarray(images), (3, 2))
     np.testing.assert_array_equal(patches, patchify(images, (3, 2)))
     np.testing.assert_array_equal(module.unpatchify(patches, (2, 4), (3, 2)), images)
