@@ -10,7 +10,8 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from mae_jax.errors import StatedError
 from mae_jax.port.tensors import beside, read_file, write_safetensors, write_torch
