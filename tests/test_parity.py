@@ -7,7 +7,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from mae_jax.config import MODELS, ModelConfig, TransformerConfig
 from parity import __main__ as command

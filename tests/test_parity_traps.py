@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from mae_jax import rng
 from mae_jax.config import ModelConfig, TransformerConfig, wide

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+
+torch = pytest.importorskip("torch")
 
 import mae_jax
 from mae_jax.config import ModelConfig, TransformerConfig

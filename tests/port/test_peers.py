@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from PIL import Image
+
+torch = pytest.importorskip("torch")
 
 import mae_jax
 from mae_jax.config import MODELS

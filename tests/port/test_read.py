@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 import mae_jax
 from mae_jax.config import IMAGENET_MEAN, FinetuneConfig

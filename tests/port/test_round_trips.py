@@ -9,7 +9,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 import mae_jax
 from mae_jax.config import MODELS, ModelConfig

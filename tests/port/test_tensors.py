@@ -10,7 +10,8 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from mae_jax.port.tensors import read_file, write_safetensors, write_torch
 from mae_jax.port.write import beside
