@@ -16,7 +16,7 @@ import torch
 
 from mae_jax.config import ModelConfig, TransformerConfig
 from mae_jax.models import blocks as layers
-from mae_jax.models import mae, masking, patches, positions
+from mae_jax.models import mae, masking, patches
 from mae_jax.train import objective
 from parity import torch_mae
 from parity.compare import Pair, Result, compare
@@ -60,7 +60,7 @@ def position_tables(ours: Ours, reference: Reference) -> Pairs:
                 variant = _variant(ours.config, positions=kind, class_token=class_token)
                 if variant is None:
                     continue
-                table = positions.fixed_positions(kind, width, variant.grid, class_token)
+                table = patches.fixed_positions(kind, width, variant.grid, class_token)
                 theirs = torch_mae.positions(variant, width)[0]
                 yield Pair(f"positions {kind}", f"{stack}, class token {class_token}", table, theirs, "table")
     if ours.config.positions == "learned":

@@ -260,7 +260,7 @@ def probing(ours: Ours, reference: Reference) -> Pairs:
             yield Pair(f"{stage}: frozen encoder", name, values, transfer.weights[name], "exact")
     probe.eval()
     images = transfer.torch_inputs(0)[0]
-    folded = classification.folded(jax.tree.map(jnp.asarray, final))
+    folded = classification.fold_batch_norm(jax.tree.map(jnp.asarray, final))
     logits = classification.Classifier(transfer.classifier).apply({"params": folded}, transfer.inputs[0].images)
     with torch.no_grad():
         yield Pair(stage, "BatchNorm put into the head", logits, probe(encoder.pool(images)), "training")

@@ -17,7 +17,7 @@ import torch
 
 from mae_jax import rng
 from mae_jax.config import ModelConfig, TransformerConfig, wide
-from mae_jax.models import gradients, layers, losses, mae, masking, patches, positions
+from mae_jax.models import blocks, gradients, losses, mae, masking, patches
 from mae_jax.train import classification, mixing, optimizers
 from parity.compare import Result
 from parity.reference import STEPS_PER_EPOCH, Reference
@@ -69,11 +69,11 @@ def tanh_gelu(patch: Patch) -> None:
 
 
 def layer_norm_eps(patch: Patch, eps: float) -> None:
-    patch.setattr(layers, "LAYER_NORM_EPS", eps)
+    patch.setattr(blocks, "LAYER_NORM_EPS", eps)
 
 
 def swapped_halves(patch: Patch) -> None:
-    sincos2d = positions.sincos2d
+    sincos2d = patches.sincos2d
     replace(patch, sincos2d, lambda width, grid: np.roll(sincos2d(width, grid), width // 2, axis=1))
 
 
@@ -174,7 +174,7 @@ def heads_split_last(patch: Patch) -> None:
 
 
 def class_token_at_the_first_patch(patch: Patch) -> None:
-    fixed = positions.fixed_positions
+    fixed = patches.fixed_positions
 
     def planted(kind, width, grid, class_token):
         table = fixed(kind, width, grid, class_token)
@@ -184,7 +184,7 @@ def class_token_at_the_first_patch(patch: Patch) -> None:
 
 
 def no_row_for_the_class_token(patch: Patch) -> None:
-    fixed = positions.fixed_positions
+    fixed = patches.fixed_positions
     replace(patch, fixed, lambda kind, width, grid, class_token: fixed(kind, width, grid, False))
 
 
@@ -225,7 +225,7 @@ def summed_gradients(patch: Patch) -> None:
 # --- 15: bfloat16 where float32 is due, in models that compute in bfloat16 ---------------------------------------
 
 
-class LowLayerNorm(layers.LayerNorm):
+class LowLayerNorm(blocks.LayerNorm):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), wide(self.dtype))
@@ -233,11 +233,11 @@ class LowLayerNorm(layers.LayerNorm):
         low = x.astype(self.dtype)
         centred = low - low.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + layers.LAYER_NORM_EPS)).astype(scale.dtype) * scale + bias
+        return (centred * jax.lax.rsqrt(variance + blocks.LAYER_NORM_EPS)).astype(scale.dtype) * scale + bias
 
 
 def low_layer_norm(patch: Patch) -> None:
-    replace(patch, layers.LayerNorm, LowLayerNorm)
+    replace(patch, blocks.LayerNorm, LowLayerNorm)
 
 
 def low_softmax(patch: Patch) -> None:
@@ -265,7 +265,7 @@ def low_loss(patch: Patch) -> None:
 
 
 def undivided_drop_path(patch: Patch) -> None:
-    drop = layers.drop_path
+    drop = blocks.drop_path
     replace(patch, drop, lambda uniforms, rate: (drop(uniforms, rate) > 0).astype(uniforms.dtype))
 
 
@@ -366,9 +366,9 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _traced_anew():
     """A block that was traced before stays as it was then, whatever is planted."""
-    layers.block_class.cache_clear()
+    blocks.block_class.cache_clear()
     yield
-    layers.block_class.cache_clear()
+    blocks.block_class.cache_clear()
 
 
 @pytest.fixture(scope="module")

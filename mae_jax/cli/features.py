@@ -52,9 +52,17 @@ def features(
     read = load_pretrained(source, encoder_heads)
     check_features(read.params, read.model, pooling, block)
     images = open_source(data, read.model.in_channels, split)
-    with progress(len(images)) as tell:
+    with progress(len(images)) as report:
         found = source_features(
-            read.params, images, read.model, read.augment, pooling, batch_size, block=block, workers=workers, tell=tell
+            read.params,
+            images,
+            read.model,
+            read.augment,
+            pooling,
+            batch_size,
+            block=block,
+            workers=workers,
+            report=report,
         )
     broken = set(found.broken.tolist())
     names = tuple(images.name(index) for index in range(len(images)) if index not in broken)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mae_jax.config import MODELS, ClassifierConfig, Dtype, ModelConfig, Positions, Size, TransformerConfig
 from mae_jax.errors import StatedError
-from mae_jax.models.positions import fixed_positions
+from mae_jax.models.patches import fixed_positions
 from mae_jax.port.keys import Config, is_table
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
 from mae_jax.models import Params
-from mae_jax.models.positions import fixed_positions
+from mae_jax.models.patches import fixed_positions
 
 Config = ModelConfig | ClassifierConfig
 Part = Literal["all", "encoder"]

@@ -18,7 +18,7 @@ from mae_jax.port.metadata import CONFIG, check_settings, hints_in, normalisatio
 from mae_jax.port.tensors import Contents, read_file
 from mae_jax.port.weights import Weights, default_normalisation, for_image_size
 from mae_jax.storage.checkpoints import load_any
-from mae_jax.train.classification import BATCH_NORM_EPS, folded
+from mae_jax.train.classification import BATCH_NORM_EPS, fold_batch_norm
 
 _WANTED = ("config.json", "preprocessor_config.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -191,7 +191,7 @@ def _from_classifier(path: Path, config: FinetuneConfig, params: Params, step: i
     normed = ("the probe's BatchNorm is put into its head",) if config.batch_norm else ()
     return Weights(
         config.classifier,
-        jax.tree.map(np.asarray, folded(params)),
+        jax.tree.map(np.asarray, fold_batch_norm(params)),
         "all",
         config.augment.mean,
         config.augment.std,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from mae_jax.config import IMAGENET_MEAN, IMAGENET_STD, ClassifierConfig, ModelConfig, Size
 from mae_jax.errors import StatedError
 from mae_jax.models import Params
-from mae_jax.models.positions import resize_positions
+from mae_jax.models.patches import resize_positions
 from mae_jax.port.keys import Config, Part, Tensors, encoder_config
 
 

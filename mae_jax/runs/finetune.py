@@ -12,7 +12,7 @@ from mae_jax.config import FinetuneConfig
 from mae_jax.data.sources.source import Source, absolute, open_source
 from mae_jax.data.sources.split import split_for_training
 from mae_jax.errors import StatedError
-from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, judge, write_mistakes
+from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, evaluate_classifier, write_mistakes
 from mae_jax.hosts import Hosts
 from mae_jax.models import Params
 from mae_jax.runs.initial import start_from
@@ -87,7 +87,7 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
     with memory_errors(config):
         engine = build_engine(config, run_length(config, len(val)))
         state = start_from(init, engine.begin(lambda: init_state(config)), config, message, whole=True)
-        outcomes = judge(state.params, val, config, engine.rows, len(engine.devices), hosts)
+        outcomes = evaluate_classifier(state.params, val, config, engine.rows, len(engine.devices), hosts)
     if hosts.first:
         write_mistakes(folder, outcomes, 0, val, config)
     return outcomes
@@ -136,7 +136,7 @@ class Evaluations:
         """Score every head; write a row, and keep the best head where it is the best so far."""
         config = self._config
         params = state.params if state.average is None else state.average
-        outcomes = judge(params, self._val, config, run.engine.rows, len(run.engine.devices), run.hosts)
+        outcomes = evaluate_classifier(params, self._val, config, run.engine.rows, len(run.engine.devices), run.hosts)
         top1, top5, loss = outcomes.top(1), outcomes.top(5), outcomes.loss.mean(axis=1)
         head = int(np.argmax(top1))
         row = {"top1": float(top1[head]), "top5": float(top5[head]), "evaluation_loss": float(loss[head])}

@@ -11,7 +11,7 @@ import numpy as np
 from mae_jax.config import FinetuneConfig, ModelConfig, Run
 from mae_jax.errors import StatedError
 from mae_jax.models import Params
-from mae_jax.models.positions import fixed_positions
+from mae_jax.models.patches import fixed_positions
 from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import encoder_config
 from mae_jax.port.read import is_run, read_weights

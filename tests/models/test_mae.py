@@ -154,10 +154,10 @@ def test_encode_shows_the_encoder_every_patch(name):
 )
 def test_wrong_shapes_are_refused_with_both(images, noise):
     model = MaskedAutoencoder(PLAIN)
-    with pytest.raises(ValueError, match="do not fit the configuration") as refused:
+    with pytest.raises(ValueError, match="do not fit the configuration") as caught:
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(images), jnp.zeros(noise))
     for shape in (images, noise, (8, 12, 3), (12,)):
-        assert str(shape) in str(refused.value)
+        assert str(shape) in str(caught.value)
 
 
 def test_what_is_not_used_is_not_computed():

@@ -12,7 +12,7 @@ import torch
 import mae_jax
 from mae_jax.config import IMAGENET_MEAN, FinetuneConfig
 from mae_jax.errors import StatedError
-from mae_jax.models.positions import resize_positions
+from mae_jax.models.patches import resize_positions
 from mae_jax.port.convert import port
 from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import to_fair
