@@ -1,7 +1,15 @@
 """Processes that tests start, and see end."""
 
+import socket
 import time
 from pathlib import Path
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, as yet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def dies(pid: int) -> bool:

@@ -19,6 +19,7 @@ ROOMS = (
     "mae_jax.port",
     "mae_jax.storage",
     "mae_jax.hosts",
+    "mae_jax.launchers",
     "mae_jax.train",
     "mae_jax.data",
     "mae_jax.models",

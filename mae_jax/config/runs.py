@@ -26,7 +26,7 @@ class OperationConfig(HostConfig):
     engine: Literal["pmap", "jit", "fsdp"] = "pmap"  # pmap: one host; fsdp: the state is cut over devices
     devices: int | None = None  # the first so many devices of each host; all by default
     fsdp: int | None = None  # devices that engine fsdp cuts one copy of the state over; by default all
-    num_processes: int | None = None  # how many hosts run together
+    num_processes: int | None = None  # how many hosts run together; 1: alone, whatever a launcher says
     log_every: int = 50  # steps
     save_every: int = 1000  # steps
     keep: int = 3  # newest checkpoints
@@ -107,10 +107,10 @@ class RunConfig(OperationConfig):
         """Refuse one of coordinator, process_id and num_processes without the others, or values that do not fit."""
         given = {name: getattr(self, name) for name in ("coordinator", "process_id", "num_processes")}
         missing = [name for name, value in given.items() if value is None]
-        if 0 < len(missing) < len(given):
+        if 0 < len(missing) < len(given) and self.num_processes != 1:
             there = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
             raise ValueError(f"{there} needs {' and '.join(missing)} too")
-        if missing:
+        if missing or self.num_processes == 1:
             return
         if not 0 <= given["process_id"] < given["num_processes"]:
             raise ValueError(f"process_id {self.process_id} is outside 0 .. num_processes {self.num_processes} - 1")

@@ -239,14 +239,17 @@ class MaskedAutoencoder(nn.Module):
         latent = self.encoder(shuffled[:, : config.keep], mask)
         decoded = self.decoder(latent, mask)
 
-        # The loss needs no more than a slice: the hidden patches come after the `keep` visible ones.
+        # A compiled training step asks for the loss alone: then the prediction of all patches is not computed, and the
+        # last block runs on the hidden ones. Operation by operation everything is computed, and once is enough.
         start = config.keep if config.loss_on == "hidden" else 0
-        loss = patch_errors(self.decoder.predict(decoded, start), self.target(shuffled[:, start:])).mean()
-
-        # What is reported goes back to image order. A compiled training step, which uses the loss alone, leaves it out.
+        traced = isinstance(decoded, jax.core.Tracer)
+        scored = self.decoder.predict(decoded, start) if start and traced else None
+        pred = self.decoder.predict(decoded)
+        if scored is None:
+            scored = pred[:, start:]
         return Output(
-            loss=loss,
-            pred=pick(self.decoder.predict(decoded), mask.ids_restore),
+            loss=patch_errors(scored, self.target(shuffled[:, start:])).mean(),
+            pred=pick(pred, mask.ids_restore),
             target=self.target(patches),
             mask=mask.hidden,
             ids_restore=mask.ids_restore,

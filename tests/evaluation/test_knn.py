@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -72,6 +71,7 @@ def twins(count, seed, classes=10):
 @pytest.mark.parametrize(("k", "temperature"), [(200, 0.07), (20, 0.1), (200, 1.0)])
 def test_against_lightly(k, temperature):
     """The k-NN of Lightly's benchmarks."""
+    torch = pytest.importorskip("torch")
     lightly = importlib.util.find_spec("lightly")
     if lightly is None:
         pytest.skip("lightly is not installed")

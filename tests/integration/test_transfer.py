@@ -76,8 +76,9 @@ def test_stopped_and_continued_is_never_stopped(start: Start, run: Run, encoder:
             process.send_signal(signal.SIGTERM)
             break
         time.sleep(0.02)
-    out, err = process.communicate(timeout=200)
-    assert (process.returncode, err) == (143, ""), out
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 143, err
+    assert err.startswith("mae-jax: SIGTERM: stopping after step ")
     done = run(*command)
     assert (done.returncode, done.stderr) == (0, "")
     assert "continuing at step" in done.stdout
