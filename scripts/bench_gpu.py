@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mae_jax.bench.run import ended, finish, hold
-from mae_jax.bench.step import bench_config
-from mae_jax.bench.table import HEAD, apart, caption, factor_line, lacks_memory, line, reason
+from ended import ended
+
+from mae_jax.bench.recipe import bench_config
+from mae_jax.bench.table import HEAD, caption, factor_line, lacks_memory, line, reason, warning_of_order
 from mae_jax.errors import StatedError
-from mae_jax.files import write_atomically
+from mae_jax.files import hold, write_atomically
 
 SCRIPTS = Path(__file__).resolve().parent
 LARGE_MODELS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
@@ -43,7 +44,7 @@ Job = tuple[str, list[str]]  # what it shows, and the words of its command
 
 
 def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str, attention: str) -> list[Job]:
-    """What is run, the most wanted first: the comparison is worth more than a sweep."""
+    """List what is run, the most wanted first: the comparison is worth more than a sweep."""
     common = [f"--dtype={dtype}", f"--device={device}", "--json", f"--rounds={rounds}"]
     kind = [] if attention == "xla" else [f"--attention={attention}"]
     alone = ["--against=", *kind]
@@ -81,7 +82,7 @@ def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str, at
 
 
 def check_gpu() -> None:
-    """Ask JAX for a GPU, in a process that lets go of it.
+    """Refuse a machine on which JAX finds no GPU, by a process that lets go of it again.
 
     Raises:
       StatedError: it finds none.
@@ -91,12 +92,17 @@ def check_gpu() -> None:
     if done.returncode:
         why = reason(done.stderr, done.returncode)
         raise StatedError(
-            f"JAX finds no GPU here that it can use ({why}): give --device cpu to try the table on the CPU"
+            f"JAX finds no GPU here that it can use ({why}): give --device cpu to try the table on the CPU",
+            field="device",
         )
 
 
-def run(number: int, job: Job, out: Path, minutes: float, lock: int | None = None) -> dict[str, Any]:
-    """One job's rows, or its text; a row that says so where it took longer than `minutes`. It holds `lock` too."""
+def run(number: int, job: Job, out: Path, minutes: float, lock: int) -> dict[str, Any]:
+    """Run a job and return its rows, or its text; a row with the reason where it took longer than `minutes`.
+
+    It inherits the lock of the folder: one that outlives a command which is killed outright keeps the next from timing
+    anything beside it.
+    """
     title, words = job
     cache = str((out / "compiled").resolve())
     keep, flags = KEEP in words, [word for word in words if word in FLAGS]
@@ -109,19 +115,29 @@ def run(number: int, job: Job, out: Path, minutes: float, lock: int | None = Non
     if title == FIRST:
         shutil.rmtree(cache, ignore_errors=True)  # what a start that was cut off has left
     began = time.monotonic()
-    done = finish(command, variables, minutes, lock)
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=os.environ | variables,
+            timeout=minutes * 60,
+            pass_fds=(lock,),
+        )
+    except subprocess.TimeoutExpired:
+        done = subprocess.CompletedProcess(command, 1, "", f"took longer than {minutes:g} minutes")
     print(f"{title}: {' '.join(words)}: {time.monotonic() - began:.0f} s", flush=True)
-    told = {"job": number, "title": title, "words": words}
+    about = {"job": number, "title": title, "words": words}
     if words[0] == "profile_step.py" and done.returncode == 0:
-        return told | {"text": done.stdout}
+        return about | {"text": done.stdout}
     rows = [row for text in done.stdout.splitlines() if text.startswith("[") for row in json.loads(text)]
     if not rows:
         rows = [{"side": title, "batch": 0, "failed": reason(done.stderr, done.returncode)}]
-    return told | {"rows": rows}
+    return about | {"rows": rows}
 
 
 def report(found: list[dict[str, Any]]) -> str:
-    """All that is known, as Markdown."""
+    """Write all that is known as Markdown."""
     parts = ["# The training step\n"]
     for job in found:
         model = next(word.partition("=")[2] for word in job["words"] if word.startswith("--model="))
@@ -134,7 +150,7 @@ def report(found: list[dict[str, Any]]) -> str:
         else:
             good = [row for row in job["rows"] if "failed" not in row]
             parts += [caption(row) for row in good[:1]]
-            parts += [said for said in [apart(job["rows"])] if said]
+            parts += [warning for warning in [warning_of_order(job["rows"])] if warning]
             parts += [HEAD, *map(line, job["rows"])]
             parts += [
                 f"batch {row['largest_batch_below']} does not fit" for row in good if "largest_batch_below" in row
@@ -146,17 +162,17 @@ def report(found: list[dict[str, Any]]) -> str:
 
 
 def failed(job: dict[str, Any]) -> bool:
-    """Whether a row failed of something other than a lack of memory, which a table is to show."""
+    """Decide whether a row failed of something other than a lack of memory, which a table is to show."""
     return any("failed" in row and not lacks_memory(row["failed"]) for row in job.get("rows", []))
 
 
 def write_report(out: Path, known: dict[int, dict[str, Any]]) -> None:
-    """Of the jobs that are done, in the order of the table."""
+    """Write the report of the jobs that are done, in the order of the table."""
     write_atomically(out / "report.md", report([known[number] for number in sorted(known)]))
 
 
 def recorded(record: Path) -> list[dict[str, Any]]:
-    """The jobs that are done; of a last line that a kill cut short, nothing.
+    """Read the jobs that are done; a last line that a kill cut short is none.
 
     Raises:
       StatedError: the file is not what this command has written.
@@ -172,7 +188,8 @@ def recorded(record: Path) -> list[dict[str, Any]]:
                 failed(job)
                 found.append(job)
             except Exception as error:  # whatever a report of something else raises
-                raise StatedError(f"{record}, line {number}, is damaged: delete it, or choose another --out") from error
+                message = f"{record}, line {number}, is damaged: delete it, or choose another --out"
+                raise StatedError(message, field="rows.jsonl") from error
     return found
 
 
@@ -206,16 +223,24 @@ def main() -> int:
         bench_config(model, arguments.batch, arguments.dtype, attention=arguments.attention)
     if arguments.device == "gpu":
         check_gpu()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(arguments.out, error) from error
+    with hold(arguments.out, "out") as held:
+        return fill(arguments, held.lock)
+
+
+def fill(arguments: argparse.Namespace, lock: int) -> bool:
+    """Run what is left of the table, and return whether a job failed."""
     began, out = time.monotonic(), arguments.out
     record = out / "rows.jsonl"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = hold(out)
         found = [job for job in recorded(record) if not (arguments.retry and failed(job))]
         write_atomically(record, "".join(json.dumps(job) + "\n" for job in found))
         write_report(out, {job["job"]: job for job in found})
     except OSError as error:
-        raise StatedError(f"--out {out} cannot be written ({error.strerror}): choose another") from error
+        raise unwritable(out, error) from error
     wanted = jobs(
         arguments.models, arguments.batch, arguments.dtype, arguments.rounds, arguments.device, arguments.attention
     )
@@ -234,16 +259,18 @@ def main() -> int:
             write_report(out, known)
         except OSError as error:
             print(report([known[number]]), flush=True)
-            raise StatedError(
-                f"--out {out} cannot be written ({error.strerror}): the last job's rows are printed. Make room, and "
-                "run this again"
-            ) from error
+            raise unwritable(out, error, "the last job's rows are printed. Make room, and run this again") from error
     left = len(wanted) - len(known)
     print(f"{out / 'report.md'}: {len(known)} jobs done" + (f", {left} left: run this again" if left else ""))
     wrong = sum(map(failed, known.values()))
     if wrong:
         print(f"{wrong} failed: run this again with --retry", file=sys.stderr)
     return wrong > 0
+
+
+def unwritable(out: Path, error: OSError, advice: str = "choose another") -> StatedError:
+    """Return the failure of a folder that cannot be written to."""
+    return StatedError(f"--out {out} cannot be written ({error.strerror}): {advice}", field="out")
 
 
 if __name__ == "__main__":

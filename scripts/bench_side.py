@@ -3,23 +3,27 @@
     python scripts/bench_side.py torch --model digits --batch 16      # then a number of steps on each line of input
 
 It answers each line with the seconds of those steps, as JSON; the first line that it prints, once it is warm, is about
-itself and its memory.
+itself and its memory. It ends with its input, whatever it is at: so it outlives nobody who has started it.
 """
 
 import argparse
 import json
+import os
+import queue
 import sys
+import threading
 import time
 
-from mae_jax.bench.run import ended
-from mae_jax.bench.step import ReadyStep, bench_config, peak_host_bytes, pixels, use
+from ended import ended
+
+from mae_jax.bench.recipe import ReadyStep, bench_config, peak_host_bytes, pixels, use
 from mae_jax.config import PretrainConfig
 
 SIDES = ("jax", "jax-cudnn", "torch", "torch-compile")
 
 
-def add_setting(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what a side trains, and where."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what a side trains, and where."""
     parser.add_argument("--model", default="vit_small_patch16", help="a model, or the name of a preset")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="where all sides run; by default on what each finds")
@@ -29,7 +33,7 @@ def add_setting(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(arguments: argparse.Namespace) -> PretrainConfig:
-    """What all sides train."""
+    """Return what all sides train."""
     return bench_config(
         arguments.model,
         arguments.batch,
@@ -41,12 +45,12 @@ def config_of(arguments: argparse.Namespace) -> PretrainConfig:
 
 
 def jax_side(arguments: argparse.Namespace) -> ReadyStep:
-    """This project's step, as `mae-jax pretrain` runs it."""
-    from mae_jax.cli import cpu
+    """Compile this project's step, as `mae-jax pretrain` runs it."""
+    from mae_jax.cli import process
 
     use(arguments.device)
     config = config_of(arguments)
-    cpu.settle(config.model, config.batch_size)
+    process.settle(config.model, config.batch_size)
     import jax
 
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")
@@ -57,14 +61,8 @@ def jax_side(arguments: argparse.Namespace) -> ReadyStep:
     return ready_step(config)
 
 
-def _matrix_rate(dtype: str) -> tuple[float, int, str]:
-    from mae_jax.bench.table import matrix_rate
-
-    return tuple(matrix_rate(dtype))
-
-
 def torch_side(arguments: argparse.Namespace, compiled: bool) -> ReadyStep:
-    """The reference's step, as a PyTorch user would run it: autocast, fused AdamW, optionally torch.compile."""
+    """Build the reference's step as a PyTorch user would run it: autocast, fused AdamW, optionally torch.compile."""
     import torch
 
     from parity.torch_mae import MaskedAutoencoder
@@ -102,14 +100,28 @@ def torch_side(arguments: argparse.Namespace, compiled: bool) -> ReadyStep:
     return ReadyStep(step, peak_bytes, 0.0, f"torch {torch.__version__}", name)
 
 
+def read_input(lines: "queue.Queue[str]") -> None:
+    """Hand on each line of standard input, and end this process when there are no more and all are answered.
+
+    A thread reads, so that a side which compiles for minutes ends too when nobody is left to ask it.
+    """
+    with open(0, closefd=False) as given:  # a file of its own: Python closes sys.stdin at exit, and would wait for it
+        for text in given:
+            lines.put(text)
+    lines.join()
+    os._exit(0)
+
+
 def main() -> None:
-    """Warm up, then time as many steps as each line of standard input says."""
+    """Warm up, then time as many steps as each line of standard input asks for."""
     parser = argparse.ArgumentParser(description="One side of the benchmark.")
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--encoder-mask-tokens", action="store_true")
-    add_setting(parser)
+    add_flags(parser)
     arguments = parser.parse_args()
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=read_input, args=(lines,), daemon=True).start()
     name = arguments.side
     ours = name.startswith("jax")
     side = jax_side(arguments) if ours else torch_side(arguments, compiled=name == "torch-compile")
@@ -122,14 +134,20 @@ def main() -> None:
     compiling = max(0.0, seconds[0] - seconds[-1]) if name == "torch-compile" else side.compile_seconds
     about = {"version": side.version, "device": side.device, "compile_seconds": compiling}
     about["peak_bytes"] = side.peak_bytes()  # before the large product, which is no part of a step
-    print(json.dumps(about | {"matrix": _matrix_rate(arguments.dtype) if ours else None}), flush=True)
-    for count in sys.stdin:
+    about["matrix"] = None
+    if ours:
+        from mae_jax.bench.step import matrix_rate
+
+        about["matrix"] = matrix_rate(arguments.dtype)
+    print(json.dumps(about), flush=True)
+    while True:
         seconds = []
-        for _ in range(int(count)):
+        for _ in range(int(lines.get())):
             began = time.perf_counter()
             side.step()
             seconds.append(time.perf_counter() - began)
         print(json.dumps(seconds), flush=True)
+        lines.task_done()
 
 
 if __name__ == "__main__":

@@ -29,21 +29,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_side import SIDES, add_setting
+from bench_side import SIDES, add_flags
+from ended import ended
 
-from mae_jax.bench.run import ended, signals_wait
-from mae_jax.bench.step import bench_config
+from mae_jax.bench.recipe import bench_config
 from mae_jax.bench.table import (
     HEAD,
     Figures,
     MatrixRate,
-    apart,
     caption,
     factor_line,
     figures,
     lacks_memory,
     line,
     reason,
+    warning_of_order,
 )
 from mae_jax.config import PretrainConfig
 
@@ -52,14 +52,14 @@ PAUSE = 0.3  # seconds between sides: thread pools spin for a while after their 
 
 
 def batches(text: str) -> list[int]:
-    """One or several, commas between them."""
+    """Read one number or several, commas between them."""
     return [int(number) for number in text.split(",")]
 
 
 def parse() -> argparse.Namespace:
-    """The command line; only the standard library reads it, since machines for benchmarks are bare."""
+    """Read the command line, with the standard library alone, since machines for benchmarks are bare."""
     parser = argparse.ArgumentParser(description="The training step beside PyTorch's.")
-    add_setting(parser)
+    add_flags(parser)
     parser.add_argument(
         "--batch", type=batches, nargs="+", default=[[16]], help="several (64 128 or 64,128): a table each"
     )
@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
 
 
 class SideFailed(Exception):
-    """A side ended before it should; says why."""
+    """A side ended before it should; the message is the reason."""
 
 
 class Process:
@@ -95,12 +95,12 @@ class Process:
         self.rounds: list[list[float]] = []
         # JAX would take three quarters of a GPU's memory at once, and leave the others none.
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if alone else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
             [sys.executable, str(SIDE), name, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._errors,
             text=True,
             env=os.environ | memory,
         )
@@ -115,7 +115,7 @@ class Process:
         try:
             self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
-        except BrokenPipeError:  # what it said tells more
+        except BrokenPipeError:  # its errors, which _read finds, are the reason
             pass
         self.rounds.append(self._read())
 
@@ -123,22 +123,22 @@ class Process:
         answer = self._process.stdout.readline()
         if not answer:
             code = self._process.wait()
-            self._said.seek(0)
-            raise SideFailed(reason(self._said.read(), code))
+            self._errors.seek(0)
+            raise SideFailed(reason(self._errors.read(), code))
         return json.loads(answer)
 
     def close(self) -> None:
-        """End it, whatever it is at: one that compiles would not see for minutes that nobody asks it."""
+        """End it, whatever it is at."""
         self._process.kill()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
-        self._said.close()
+        self._errors.close()
 
 
 def timed(names: list[str], config: PretrainConfig, arguments: argparse.Namespace) -> tuple[list[Process], Figures]:
-    """Sides in turn, and the row of the first that failed, which ends the others too; {} where none did."""
+    """Time sides in turn; with them comes the row of the first that failed, which ends the others too, or {}."""
     words = [f"--model={arguments.model}", f"--batch={config.batch_size}", f"--warmup={arguments.warmup}"]
     words += [f"--dtype={config.model.dtype}", *([f"--device={arguments.device}"] if arguments.device else [])]
     words += ["--encoder-mask-tokens"] if config.model.encoder_mask_tokens else []
@@ -147,8 +147,7 @@ def timed(names: list[str], config: PretrainConfig, arguments: argparse.Namespac
     sides, name = [], names[0]
     try:
         for name in names:
-            with signals_wait():
-                sides.append(Process(name, words, alone=len(names) == 1))
+            sides.append(Process(name, words, alone=len(names) == 1))
             sides[-1].begin()
         if len({side.about["device"] for side in sides}) > 1:
             found = ", ".join(f"{side.name} on {side.about['device']}" for side in sides)
@@ -167,7 +166,7 @@ def timed(names: list[str], config: PretrainConfig, arguments: argparse.Namespac
 
 
 def compare(names: list[str], config: PretrainConfig, arguments: argparse.Namespace) -> list[Figures]:
-    """A row for each side.
+    """Return a row for each side.
 
     Sides that are there at once share the device's memory: where one finds too little, each is timed alone. One that
     fails otherwise leaves the turns to the rest.
@@ -197,7 +196,7 @@ def compare(names: list[str], config: PretrainConfig, arguments: argparse.Namesp
 
 
 def row_of(side: Process, first: Process | None, config: PretrainConfig, model: str, in_turn: bool) -> Figures:
-    """A side's figures; `ratio_first_over_this` is the first side's speed over its, median of rounds.
+    """Return a side's figures; `ratio_first_over_this` is the first side's speed over its, median of rounds.
 
     Where the first side failed there is neither a ratio nor a share.
     """
@@ -209,16 +208,16 @@ def row_of(side: Process, first: Process | None, config: PretrainConfig, model: 
     seconds = [second for round_ in side.rounds for second in round_]
     about = {"version": side.about["version"], "device": side.about["device"], "matrix_size": rate.size}
     attention = {"jax": config.model.attention, "jax-cudnn": "cudnn"}.get(side.name)
-    told = {"side": side.name, "model": model, "remat": config.model.remat, "attention": attention}
-    told |= {"in_turn": in_turn, "ratio_first_over_this": ratio}
-    return told | about | figures(config, seconds, side.about["peak_bytes"], side.about["compile_seconds"], rate)
+    about |= {"side": side.name, "model": model, "remat": config.model.remat, "attention": attention}
+    about |= {"in_turn": in_turn, "ratio_first_over_this": ratio}
+    return about | figures(config, seconds, side.about["peak_bytes"], side.about["compile_seconds"], rate)
 
 
 def largest_batch(config: PretrainConfig, arguments: argparse.Namespace) -> Figures:
-    """The largest batch that this project's side can take, to a sixteenth: doubled, then halved in between.
+    """Find the largest batch that this project's side can take, to a sixteenth: doubled, then halved in between.
 
-    The row of the largest that did, with the smallest that did not; the row of a failure where not even 8 images fit,
-    or that is of something else than memory.
+    Returns the row of the largest that fitted, with the smallest that did not; the row of a failure where not even 8
+    images fit, or that is of something else than memory.
     """
     batch, good, bad, best = config.batch_size, 0, None, {}
     while bad is None or bad - good > max(8, good // 16):
@@ -249,7 +248,7 @@ def main() -> int:
     variants = {"none": [False], "encoder": [True], "both": [True, False]}[arguments.mask_tokens]
     if arguments.largest_batch and (len(variants), len(arguments.batch)) != (1, 1):
         raise SystemExit("--largest-batch needs one --batch to begin with, and --mask-tokens none or encoder")
-    settings = [
+    configs_by_batch = [
         [
             bench_config(arguments.model, batch, arguments.dtype, tokens, arguments.remat, arguments.attention)
             for tokens in variants
@@ -261,9 +260,9 @@ def main() -> int:
     if arguments.attention == "cudnn" and "jax-cudnn" in names:
         raise SystemExit("--attention cudnn --against jax-cudnn would time the same twice: leave one out")
     if arguments.largest_batch:
-        return report([largest_batch(settings[0][0], arguments)], arguments)
+        return report([largest_batch(configs_by_batch[0][0], arguments)], arguments)
     failed = False
-    for configs in settings:
+    for configs in configs_by_batch:
         tables = [compare(names, config, arguments) for config in configs]
         for rows in tables:
             failed = report(rows, arguments) or failed
@@ -275,7 +274,7 @@ def main() -> int:
 
 
 def report(rows: list[Figures], arguments: argparse.Namespace) -> bool:
-    """Print a table, or a line of JSON; whether a row failed."""
+    """Print a table, or a line of JSON, and return whether a row failed."""
     if arguments.json:
         print(json.dumps(rows), flush=True)
     else:
@@ -284,8 +283,8 @@ def report(rows: list[Figures], arguments: argparse.Namespace) -> bool:
             tokens = ", mask tokens in the encoder" if good["mask_tokens"] else ""
             counted = f"{arguments.rounds} rounds of {arguments.steps} steps"
             print(f"{caption(good)}{tokens}; {counted}")
-            if said := apart(rows):
-                print(said)
+            if warning := warning_of_order(rows):
+                print(warning)
         print(HEAD, *map(line, rows), sep="\n", flush=True)
         for row in rows:
             if "largest_batch_below" in row:

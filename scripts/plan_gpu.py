@@ -14,16 +14,16 @@ import functools
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from ended import ended
+
 from mae_jax.bench.program import operations
-from mae_jax.bench.run import check_out, ended, give
-from mae_jax.bench.step import bench_config
+from mae_jax.bench.recipe import bench_config
 from mae_jax.config import PretrainConfig
 from mae_jax.errors import StatedError
 
-# Bytes of memory as CUDA tells them, and bytes a second by NVIDIA's data sheets (SXM); the rest the two cards share.
+# Bytes of memory as CUDA reports them, and bytes a second by NVIDIA's data sheets (SXM); the rest the two cards share.
 GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 84_929_347_584, 3.352e12), "h200": ("NVIDIA H200", 151_397_597_184, 4.8e12)}
 HOPPER = """gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
@@ -40,7 +40,7 @@ dnn_version_info {{ major: 9 minor: 10 }}  runtime_version {{ major: 12 minor: 8
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="A step as it is compiled for a GPU that is not here.")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200")
     parser.add_argument("--model", default="vit_large_patch16", help="a model, or the name of a preset")
@@ -50,12 +50,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--remat", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--mask-tokens", action="store_true", help="in the encoder (Table 1c)")
     parser.add_argument("--rows", type=int, default=40)
-    parser.add_argument("--out", type=Path, help="a file; without it the table is printed")
     return parser.parse_args()
 
 
 def compiled_for(gpu: str, config: PretrainConfig) -> tuple[Any, float]:
-    """The compiled step, and the seconds that compiling took.
+    """Compile the step, and return it with the seconds that this took.
 
     Raises:
       StatedError: the compiler for GPUs is not installed.
@@ -74,7 +73,7 @@ def compiled_for(gpu: str, config: PretrainConfig) -> tuple[Any, float]:
     try:
         topology = topologies.get_topology_desc(gpu, "cuda", target_config=target, topology="1x1x1")
     except NotImplementedError as error:
-        raise StatedError('there is no compiler for GPUs here: pip install "jax[cuda12]"') from error
+        raise StatedError('there is no compiler for GPUs here: pip install "jax[cuda12]"', field="gpu") from error
     sharding = NamedSharding(Mesh(topology.devices, ("device",)), PartitionSpec())
     there = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     state = jax.tree.map(lambda x: there(x.shape, x.dtype), state_shapes(config))
@@ -87,7 +86,7 @@ def compiled_for(gpu: str, config: PretrainConfig) -> tuple[Any, float]:
 
 
 def table(compiled: Any, title: str, rows: int) -> str:
-    """Memory, sums, and operations by the bytes that they move."""
+    """Format memory, sums, and operations by the bytes that they move."""
     planned = compiled.memory_analysis()
     kept, temporary = planned.argument_size_in_bytes, planned.temp_size_in_bytes
     new = planned.output_size_in_bytes - planned.alias_size_in_bytes
@@ -114,10 +113,10 @@ def table(compiled: Any, title: str, rows: int) -> str:
 
 
 def main() -> None:
+    """Compile a step for the GPU that is asked for, and print the plan."""
     arguments = parse()
     if arguments.rows < 1:
         raise SystemExit(f"--rows {arguments.rows} must be positive")
-    check_out(arguments.out)
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which would look for a driver
     os.environ["JAX_PLATFORMS"] = "cpu"  # for all but the compilation
     config = bench_config(
@@ -134,7 +133,7 @@ def main() -> None:
     words = [arguments.model, f"batch {arguments.batch}", arguments.dtype, f"attention {arguments.attention}"]
     words += ["blocks recomputed"] * arguments.remat + ["mask tokens in the encoder"] * arguments.mask_tokens
     title = f"{', '.join(words)}, for {GPUS[arguments.gpu][0]}, jax {jax.__version__}: compiled in {seconds:.0f} s"
-    give(table(compiled, title, arguments.rows), arguments.out)
+    print(table(compiled, title, arguments.rows))
 
 
 if __name__ == "__main__":

@@ -23,3 +23,9 @@ def dies(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, from whichever of its threads, and that it has not waited for."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for found in lists for child in found.read_text().split())

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from mae_jax.config import ModelConfig, OptimConfig, TransformerConfig
 from mae_jax.models.mae import MaskedAutoencoder

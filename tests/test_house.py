@@ -26,6 +26,7 @@ ROOMS = (
     "mae_jax.presets",
     "mae_jax.config",
     "mae_jax.files",
+    "mae_jax.cubic",
     "mae_jax.rng",
     "mae_jax.errors",
 )

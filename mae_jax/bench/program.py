@@ -20,10 +20,10 @@ _FREE = frozenset({"parameter", "constant", "get-tuple-element", "tuple", "bitca
 class Operation(NamedTuple):
     """One step of the program, a fusion counted as one.
 
-    kind: its name without a number, which for a fusion tells what it does.
-    place: where in the model it comes from, numbers of blocks left out; "" where nothing is told.
+    kind: its name without a number, which for a fusion names what it does.
+    place: where in the model it comes from, numbers of blocks left out; "" where XLA has not written it.
     moved: bytes of its operands and results, each once.
-    flops: of the matrix products in it, two for each multiply-add; those of a library call are not told.
+    flops: of the matrix products in it, two for each multiply-add; those of a library call are unknown, and left out.
     """
 
     kind: str
@@ -41,23 +41,23 @@ class _Instruction(NamedTuple):
 
 
 def place(op_name: str) -> str:
-    """Where in the model an `op_name` of XLA lies, without numbers of blocks and flax's word for a compiled block."""
+    """Return where in the model an `op_name` of XLA lies, without numbers of blocks or flax's compiled blocks."""
     return re.sub(r"\d+", "*", op_name.partition("/")[2].replace("jit(core_fn)/", ""))
 
 
 def size_of(shape: str) -> int:
-    """Bytes of an array or of a tuple of them, as XLA writes its type."""
+    """Return the bytes of an array or of a tuple of them, from its type as XLA writes it."""
     return sum(math.prod(_dimensions(dims)) * _bits(kind) // 8 for kind, dims in _ARRAY.findall(shape))
 
 
 def _bits(kind: str) -> int:
-    """Of one value: its type's name tells, as in bf16, f8e4m3fn or u32; a truth value takes a byte, a token nothing."""
+    """Return the bits of a value from its type: bf16, f8e4m3fn, u32; a truth value takes a byte, a token none."""
     number = re.match(r"[a-z]+(\d+)", kind)
     return int(number[1]) if number else 8 * (kind == "pred")
 
 
 def operations(program: str) -> Iterator[Operation]:
-    """Of the entry computation, in order."""
+    """Yield the operations of the entry computation, in order."""
     computations = dict(_computations(program))
     shapes: dict[str, str] = {}
     for instruction in computations[""]:
@@ -74,7 +74,7 @@ def operations(program: str) -> Iterator[Operation]:
 
 
 def _computations(program: str) -> Iterator[tuple[str, list[_Instruction]]]:
-    """Each computation's name, "" for the entry, and its instructions."""
+    """Yield each computation's name, "" for the entry, and its instructions."""
     name: str | None = None
     found: list[_Instruction] = []
     for line in program.splitlines():
@@ -89,7 +89,7 @@ def _computations(program: str) -> Iterator[tuple[str, list[_Instruction]]]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """What lies before the bracket that closes, and behind it."""
+    """Split a text at the bracket that closes: what lies before it, and behind it."""
     depth = 1
     for position, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -99,7 +99,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _products(instruction: _Instruction, shapes: dict[str, str], computations: dict[str, list[_Instruction]]) -> int:
-    """FLOP of the matrix products in an instruction, and in what it calls."""
+    """Count the FLOP of the matrix products in an instruction, and in what it calls."""
     if instruction.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
         left = _sides(shapes[instruction.operands[0]])

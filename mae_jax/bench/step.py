@@ -1,105 +1,29 @@
-"""This project's training step ready to be timed, as `mae-jax pretrain` runs it.
+"""This project's training step ready to be timed, as `mae-jax pretrain` runs it, and the device's own best beside it.
 
 Needs neither grain, nor tensorflow-datasets, nor tyro.
 """
 
-import dataclasses
-import os
-import resource
 import time
-from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.config import MODELS, AttentionKernel, AugmentConfig, Dtype, ModelConfig, OptimConfig, PretrainConfig
+from mae_jax.bench.recipe import ReadyStep, peak_host_bytes, pixels
+from mae_jax.bench.table import MatrixRate
+from mae_jax.config import PretrainConfig
 from mae_jax.errors import StatedError
-from mae_jax.presets.pretraining import PRESETS
 from mae_jax.train.engines import check_attention, choose_devices, pmap_engine
 from mae_jax.train.objective import Batch
 from mae_jax.train.step import init_state, make_step
 
-
-@dataclasses.dataclass(frozen=True)
-class ReadyStep:
-    """A compiled training step, of any framework.
-
-    step: one step, waited for.
-    peak_bytes: the most memory held so far, of the device or, on a CPU, of the process.
-    program: the compiled program as text, where there is one.
-    """
-
-    step: Callable[[], None]
-    peak_bytes: Callable[[], int]
-    compile_seconds: float
-    version: str
-    device: str
-    program: Callable[[], str] = str
-
-
-def use(device: str | None) -> None:
-    """Have JAX, which is not imported yet, run on "cpu" or "gpu"; on what it finds where that is None."""
-    if device is not None:
-        os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[device]
-
-
-def named_model(name: str) -> ModelConfig:
-    """A model by its own name, or by that of a preset.
-
-    Raises:
-      StatedError: there is none of that name.
-    """
-    if name in MODELS:
-        return MODELS[name]
-    if name in PRESETS:
-        return PRESETS[name]().model
-    raise StatedError(f"model {name} is unknown; there are {', '.join([*MODELS, *PRESETS])}")
-
-
-def bench_config(
-    name: str,
-    batch: int,
-    dtype: Dtype,
-    mask_tokens: bool = False,
-    remat: bool = False,
-    attention: AttentionKernel = "xla",
-) -> PretrainConfig:
-    """What is timed: normalised pixels, the paper's optimizer, one device.
-
-    Raises:
-      StatedError: the model is unknown, or one of the values is refused.
-    """
-    if batch < 1:
-        raise StatedError(f"batch {batch} must be positive")
-    try:
-        model = dataclasses.replace(
-            named_model(name),
-            dtype=dtype,
-            norm_pix_loss=True,
-            encoder_mask_tokens=mask_tokens,
-            remat=remat,
-            attention=attention,
-        )
-    except ValueError as error:
-        raise StatedError(str(error)) from error
-    half = (0.5,) * model.in_channels
-    augment = AugmentConfig(mean=half, std=half)
-    return PretrainConfig(model=model, augment=augment, optim=OptimConfig(), batch_size=batch, devices=1)
-
-
-def pixels(config: PretrainConfig) -> np.ndarray:
-    """A batch of noise, as images come: uint8 (batch, height, width, channels)."""
-    shape = (config.batch_size, *config.model.image_hw, config.model.in_channels)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def peak_host_bytes() -> int:
-    """The most memory that this process has held (Linux counts kilobytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Factors are square. On a CPU the larger one would take minutes, and gains nothing.
+SIZE, CPU_SIZE = 8192, 1024
+SECONDS = 1.0  # of products at least, since a moment in which a machine is busy elsewhere is not its rate
 
 
 def check_device(asked: str | None) -> None:
-    """Refuse a GPU that was asked for by `setting.use` and that JAX does not find.
+    """Refuse a GPU that was asked for by `recipe.use` and that JAX does not find.
 
     Raises:
       StatedError: there is none.
@@ -109,7 +33,7 @@ def check_device(asked: str | None) -> None:
     except (RuntimeError, AssertionError) as error:
         if asked != "gpu":
             raise
-        raise StatedError("JAX finds no GPU here that it can use: give --device cpu") from error
+        raise StatedError("JAX finds no GPU here that it can use: give --device cpu", field="device") from error
 
 
 def ready_step(config: PretrainConfig) -> ReadyStep:
@@ -139,3 +63,21 @@ def ready_step(config: PretrainConfig) -> ReadyStep:
         return peak_host_bytes() if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
 
     return ReadyStep(step, peak_bytes, seconds, f"jax {jax.__version__}", device.device_kind, compiled.as_text)
+
+
+def matrix_rate(dtype: str, repeats: int = 10) -> MatrixRate:
+    """Time products of two large square matrices, the most that the device multiplies: a step's FLOP/s are a share.
+
+    The best of `repeats` or more, each waited for, after two untimed.
+    """
+    size = CPU_SIZE if jax.devices()[0].platform == "cpu" else SIZE
+    left, right = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in (0, 1))
+    product = jax.jit(jnp.matmul)
+    for _ in range(2):
+        product(left, right).block_until_ready()
+    seconds: list[float] = []
+    while len(seconds) < repeats or sum(seconds) < SECONDS:
+        began = time.perf_counter()
+        product(left, right).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return MatrixRate(2 * size**3 / min(seconds), size, dtype)

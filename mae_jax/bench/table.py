@@ -1,12 +1,8 @@
-"""What the device multiplies at its best: one large product, timed. A step's FLOP/s are a share of it."""
+"""Times as figures, and figures as rows of a table: speed, FLOP/s, memory; and why a row has none."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
 
 from mae_jax.config import PretrainConfig
 from mae_jax.models.flops import training_flops
@@ -29,7 +25,7 @@ class MatrixRate(NamedTuple):
 def figures(
     config: PretrainConfig, seconds: Sequence[float], peak_bytes: int, compile_seconds: float, rate: MatrixRate
 ) -> Figures:
-    """Of one side: `seconds` are those of its timed steps.
+    """Return a side's figures from the seconds of its timed steps.
 
     FLOP count the model's definition (mae_jax/models/flops.py), forward and backward as three times forward.
     """
@@ -60,7 +56,7 @@ HEAD = (
 
 
 def line(row: Figures) -> str:
-    """A row under HEAD."""
+    """Format a row under HEAD."""
     if "failed" in row:
         return f"{row['side']:14}{row['batch']:6}  {row['failed']}"
     ratio = row.get("ratio_first_over_this")
@@ -75,7 +71,7 @@ def line(row: Figures) -> str:
 
 
 def caption(row: Figures) -> str:
-    """What is true of all rows of a table, and what the share is of."""
+    """Name the model and the device of a table, and what its shares are of."""
     size = row["matrix_size"]
     return (
         f"{row['model']} on {row['device']}; share: of the TFLOP/s beside it, which a product of two {size} x {size} "
@@ -84,18 +80,18 @@ def caption(row: Figures) -> str:
 
 
 def factor_line(model: str, with_tokens: Figures, without: Figures) -> str:
-    """How much mask tokens in the encoder cost one side."""
+    """Compare a side's speed with and without mask tokens in the encoder."""
     factor = with_tokens["milliseconds"] / without["milliseconds"]
     paper = f" (the paper: {PAPER_FACTORS[model]})" if model in PAPER_FACTORS else ""
     return f"{without['side']}: without mask tokens in the encoder {factor:.2f} times as fast as with{paper}"
 
 
-def reason(said: str, code: int) -> str:
-    """Of all that a process said, the line that tells why it ended, 200 characters at most."""
-    lines = [text for line in said.splitlines() if (text := line.strip().strip("-")) and not text.startswith(NOTICE)]
-    telling = [text for text in lines if lacks_memory(text)]
-    killed = [f"{KILLED} (exit code {code})"] if code in (-9, 137) else []
-    return (telling or killed or lines or [f"exit code {code}"])[-1][:200]
+def warning_of_order(rows: Sequence[Figures]) -> str | None:
+    """Return the sentence that belongs above a table whose sides did not take turns; None where they did."""
+    good = [row for row in rows if "failed" not in row]
+    if len({row["side"] for row in good}) > 1 and not all(row["in_turn"] for row in good):
+        return "too little memory for all sides at once: timed one after the other"
+    return None
 
 
 NOTICE = "For simplicity, JAX has removed its internal frames"  # which follows the error, between lines of dashes
@@ -107,39 +103,19 @@ NO_MEMORY = (
     "bad_alloc",
     "can't allocate memory",
     "alloc_failed",  # of cuBLAS and cuDNN
-    "dnn library initialization failed",  # what JAX says where nothing is left for cuDNN
+    "dnn library initialization failed",  # JAX's words where nothing is left for cuDNN
     KILLED,
 )
 
 
+def reason(errors: str, code: int) -> str:
+    """Find the line of a process's errors that names why it ended; 200 characters at most."""
+    lines = [text for line in errors.splitlines() if (text := line.strip().strip("-")) and not text.startswith(NOTICE)]
+    of_memory = [text for text in lines if lacks_memory(text)]
+    killed = [f"{KILLED} (exit code {code})"] if code in (-9, 137) else []
+    return (of_memory or killed or lines or [f"exit code {code}"])[-1][:200]
+
+
 def lacks_memory(why: str) -> bool:
-    """Whether a `reason` is that memory is lacking."""
+    """Decide whether a `reason` is that memory is lacking."""
     return any(text in why.lower() for text in NO_MEMORY)
-
-
-def apart(rows: Sequence[Figures]) -> str | None:
-    """What is to be said above a table whose sides did not take turns."""
-    good = [row for row in rows if "failed" not in row]
-    if len({row["side"] for row in good}) > 1 and not all(row["in_turn"] for row in good):
-        return "too little memory for all sides at once: timed one after the other"
-    return None
-
-
-# Factors are square. On a CPU the larger one would take minutes, and gains nothing.
-SIZE, CPU_SIZE = 8192, 1024
-SECONDS = 1.0  # of products at least, since a moment in which a machine is busy elsewhere is not its rate
-
-
-def matrix_rate(dtype: str, repeats: int = 10) -> MatrixRate:
-    """The best of `repeats` or more products of square matrices of `dtype`, each waited for, after two untimed."""
-    size = CPU_SIZE if jax.devices()[0].platform == "cpu" else SIZE
-    left, right = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in (0, 1))
-    product = jax.jit(jnp.matmul)
-    for _ in range(2):
-        product(left, right).block_until_ready()
-    seconds: list[float] = []
-    while len(seconds) < repeats or sum(seconds) < SECONDS:
-        began = time.perf_counter()
-        product(left, right).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return MatrixRate(2 * size**3 / min(seconds), size, dtype)

@@ -35,12 +35,12 @@ def bench(
       warmup: Steps before them.
       json: Print a line of JSON for each row in place of the table.
     """
-    from mae_jax.bench.step import bench_config
-    from mae_jax.cli import cpu
+    from mae_jax.bench.recipe import bench_config
+    from mae_jax.cli import process
 
     if len(batches) == 1 and mask_tokens != "both":  # else in the processes that time, which inherit the environment
         timed = bench_config(model, batches[0], dtype, mask_tokens == "encoder", remat, attention)
-        cpu.settle(timed.model, timed.batch_size)
+        process.settle(timed.model, timed.batch_size)
     prepare_jax(dtype)
     from mae_jax.bench.run import rows, show
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from mae_jax.cli import compiled, cpu
+from mae_jax.cli import process
 from mae_jax.cli.flags import end_run, plain, prepare_jax, read_flags
 from mae_jax.config import FinetuneConfig
 from mae_jax.presets.transfer import FINETUNE, PROBE
@@ -35,13 +35,13 @@ def _adopt(config: FinetuneConfig, init: str) -> FinetuneConfig:
 def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], FinetuneConfig]]) -> int:
     flags = read_flags(args, prog, FinetuneFlags, presets, _adopt)
     config = plain(flags, FinetuneConfig)
-    cpu.settle(config.model, config.batch_size // config.accumulate)
+    process.settle(config.model, config.batch_size // config.accumulate)
     prepare_jax(config.model.dtype, hosts_may_join=True)
     from mae_jax.cli.signals import stop_on_signals
     from mae_jax.hosts import joined
     from mae_jax.runs.finetune import EVALUATED, evaluate, finetune
 
-    compiled.keep_compiled()
+    process.keep_programs()
     with joined(config) as hosts:
         if not flags.eval_only:
             with stop_on_signals(hosts.count > 1) as stop:

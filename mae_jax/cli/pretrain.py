@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mae_jax.cli import compiled, cpu
+from mae_jax.cli import process
 from mae_jax.cli.flags import end_run, prepare_jax, read_flags
 
 
@@ -12,13 +12,13 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     from mae_jax.presets.pretraining import PRESETS
 
     config = read_flags(args, prog, PretrainConfig, PRESETS)
-    cpu.settle(config.model, config.batch_size // config.accumulate)
+    process.settle(config.model, config.batch_size // config.accumulate)
     prepare_jax(config.model.dtype, hosts_may_join=True)
     from mae_jax.cli.signals import stop_on_signals
     from mae_jax.hosts import joined
     from mae_jax.runs.pretrain import pretrain
 
-    compiled.keep_compiled()
+    process.keep_programs()
     with joined(config) as hosts, stop_on_signals(hosts.count > 1) as stop:
         finished = pretrain(config, hosts, stop)
     return end_run(finished, args, prog)

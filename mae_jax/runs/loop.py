@@ -220,6 +220,7 @@ class Loop:
         self._check_finite(step)
         if not all_finite(state.params):
             self._fail(step + 1, f"parameters are not finite after step {step}")
+        self.run.log.sync()
         self.run.checkpoints.save(step, state)
 
     def _fail(self, step: int, reason: str) -> NoReturn:

@@ -11,11 +11,11 @@ from mae_jax.config import Run
 from mae_jax.data.sources.source import Source
 from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
-from mae_jax.runs.log import Log, RunLog, SilentLog
+from mae_jax.runs.log import Log, RunLog, SilentLog, print_line
 from mae_jax.runs.loop import Callback, Finished, Loop, TrainingRun
 from mae_jax.runs.stop import StopRequest
-from mae_jax.storage.agreement import check_agreement, claim_together
 from mae_jax.storage.checkpoints import Checkpoints
+from mae_jax.storage.workdir import check_agreement, claimed
 from mae_jax.train.build import Length, build_engine, run_length
 from mae_jax.train.engines import Engine
 from mae_jax.train.step import TrainState, init_state, make_objective, select
@@ -38,19 +38,19 @@ def run(config: Run, source: Source, hosts: Hosts, callback: Callback, stop: Sto
         engine = build_engine(config, length)
 
         # The folder, and the state to begin or to go on with.
-        workdir = claim_together(hosts, config, len(source))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config, len(source), hosts)))
+        workdir, held = stack.enter_context(claimed(hosts, config, len(source), print_line))
+        checkpoints = stack.enter_context(Checkpoints(workdir, config, len(source), hosts, held))
         init = functools.partial(init_state, config)  # one object, which JAX traces once for its shapes and to run it
         shapes = jax.eval_shape(init)
         state = checkpoints.restore_latest(
-            shapes, engine.layout(shapes), warn=lambda text: print(f"WARNING: {text}", flush=True)
+            shapes, engine.layout(shapes), warn=lambda text: print_line(f"WARNING: {text}")
         )
         if state is None:
             state = first_state(config, source, engine, hosts, init)
 
         # From here on everything goes into the log.
         start = int(state.step)
-        log: Log = RunLog(workdir, start, length.steps) if hosts.first else SilentLog(hosts.index)
+        log: Log = RunLog(workdir, start, length.steps, config.log_every) if hosts.first else SilentLog(hosts.index)
         stack.enter_context(log)
         if hosts.first:
             log.message(describe(config, source, engine, state, length))
@@ -68,7 +68,7 @@ def first_state(config: Run, source: Source, engine: Engine, hosts: Hosts, init:
 
     def message(text: str) -> None:
         if hosts.first:
-            print(text, flush=True)
+            print_line(text)
 
     # What few runs need is imported by those that do.
     state: TrainState = engine.begin(init)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mae_jax.bench.step import bench_config
+from mae_jax.bench.recipe import bench_config
 
 CONFIG = bench_config("digits", 8, "float32")
 FAILED = {"batch": 8, "failed": "out of memory"}

@@ -1,74 +1,70 @@
-"""What a benchmark starts ends with it."""
+"""What `mae-jax bench` refuses before any work, and what a script's exit code is."""
 
+import importlib
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from mae_jax.bench.run import finish, hold, signals_wait
-from mae_jax.cli.__main__ import end_by_exception
+from mae_jax.bench.run import rows
 from mae_jax.errors import StatedError
-from tests.processes import dies
-
-PARENT = """
-import os, signal, subprocess, sys, time
-quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], **quiet)
-print(child.pid, file=open(sys.argv[1] + ".part", "w"), flush=True)
-os.rename(sys.argv[1] + ".part", sys.argv[1])
-if sys.argv[2] == "stays":
-    time.sleep(300)
-"""
+from tests.refusals import refused
 
 
-@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_waits_until_what_is_started_is_in_hand(number: signal.Signals, raised: type[BaseException]) -> None:
-    before = signal.getsignal(number)
-    started = []
+@pytest.mark.parametrize(
+    ("batches", "steps", "warmup", "field", "words"),
+    [
+        ((), 1, 1, "batches", "batches is empty"),
+        ((8, 0), 1, 1, "batch", "batch 0 must be positive"),
+        ((8, 16), 0, 1, "steps", "steps 0 must be positive"),
+        ((8,), 1, 0, "warmup", "warmup 0 must be positive"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(batches, steps, warmup, field, words):
+    with refused(field, words):
+        next(rows("digits", batches, "float32", "none", False, "xla", steps, warmup))
 
-    def start() -> None:
-        with signals_wait():
-            signal.raise_signal(number)
-            started.append("a process")
 
-    end_by_exception(number)
+def stop(number):
+    os.kill(os.getpid(), number)
+
+
+def state_a_failure():
+    raise StatedError("no")
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "errors"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: True, 1, ""),
+        (state_a_failure, 1, "no\n"),
+        (lambda: stop(signal.SIGINT), 130, ""),
+    ],
+)
+def test_the_exit_code_of_a_script(main, code, errors, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(raised):
-            start()
-        assert started == ["a process"]
-        with pytest.raises(raised):  # and no longer than that
-            signal.raise_signal(number)
+        assert importlib.import_module("ended").ended(main) == code
+        with pytest.raises(SystemExit, match="143"):
+            stop(signal.SIGTERM)
     finally:
-        signal.signal(number, before)
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == errors
 
 
-@pytest.mark.parametrize("what", ["stays", "ends"])
-def test_with_a_job_ends_all_that_it_started(what: str, tmp_path: Path) -> None:
-    told = tmp_path / "child"
-    done = finish([sys.executable, "-c", PARENT, str(told), what], {}, 0.1)
-    assert done.returncode == (1 if what == "stays" else 0)
-    assert dies(int(told.read_text()))
+def test_a_job_that_outlives_its_command_holds_the_folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    bench_gpu = importlib.import_module("bench_gpu")
+    given = {}
 
+    def started(command, **options):
+        given.update(options)
+        return subprocess.CompletedProcess(command, 1, "", "out of memory")
 
-def test_a_folder_is_held_until_the_last_job_has_ended(tmp_path: Path) -> None:
-    """Also by one that was left when the command was killed."""
-    lock = hold(tmp_path)
-    with pytest.raises(StatedError, match=f"^{tmp_path} is in use by another command, or by a job that one left"):
-        hold(tmp_path)
-    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], pass_fds=(lock,))
-    os.close(lock)
-    with pytest.raises(StatedError, match="is in use"):
-        hold(tmp_path)
-    left.kill()
-    left.wait()
-    os.close(hold(tmp_path))
-
-
-def test_a_job_is_given_the_lock(tmp_path: Path) -> None:
-    lock = hold(tmp_path)
-    has = f"import os; print(os.path.samefile('/proc/self/fd/{lock}', {str(tmp_path / 'lock')!r}))"
-    assert finish([sys.executable, "-c", has], lock=lock).stdout == "True\n"
-    os.close(lock)
+    monkeypatch.setattr(bench_gpu.subprocess, "run", started)
+    bench_gpu.run(0, ("Batches", ["bench_step.py", "--model=digits"]), tmp_path, 1.0, 5)
+    assert given["pass_fds"] == (5,)

@@ -2,11 +2,11 @@
 
 import pytest
 
+from mae_jax.bench.recipe import bench_config
 from mae_jax.bench.run import show
-from mae_jax.bench.step import bench_config
 from mae_jax.bench.table import MatrixRate, figures, lacks_memory, reason
-from mae_jax.errors import StatedError
 from mae_jax.models.flops import training_flops
+from tests.refusals import refused
 
 
 def test_figures_of_a_batch():
@@ -44,16 +44,20 @@ def test_a_row_that_failed_is_shown_and_is_a_failure(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "dtype", "said"),
-    [("vit_b", 8, "float32", "model vit_b is unknown"), ("digits", 0, "float32", "batch 0 must be positive")],
+    ("name", "batch", "attention", "field", "words"),
+    [
+        ("vit_b", 8, "xla", "model", "model vit_b is unknown; there are vit_tiny_patch16"),
+        ("digits", 0, "xla", "batch", "batch 0 must be positive"),
+        ("digits", 8, "cudnn", "model", "attention cudnn needs dtype bfloat16, not float32"),
+    ],
 )
-def test_what_cannot_be_timed_is_refused(name, batch, dtype, said):
-    with pytest.raises(StatedError, match=said):
-        bench_config(name, batch, dtype)
+def test_what_cannot_be_timed_is_refused(name, batch, attention, field, words):
+    with refused(field, words):
+        bench_config(name, batch, "float32", attention=attention)
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("errors", "found"),
     [
         ("", "exit code 1"),
         ("Traceback\nValueError: no\n\n", "ValueError: no"),
@@ -61,8 +65,8 @@ def test_what_cannot_be_timed_is_refused(name, batch, dtype, said):
         ("torch.OutOfMemoryError: CUDA out of memory.\nbye", "torch.OutOfMemoryError: CUDA out of memory."),
     ],
 )
-def test_the_line_that_tells_why_is_found(said, told):
-    assert reason(said, 1) == told
+def test_the_line_with_the_reason_is_found(errors, found):
+    assert reason(errors, 1) == found
 
 
 def test_a_process_that_was_killed_lacked_memory():

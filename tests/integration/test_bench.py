@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mae_jax.bench.table import lacks_memory
-from mae_jax.errors import StatedError
 from tests.processes import dies
 from tests.quick import quick
+from tests.refusals import refused
 
 from .conftest import ROOT, Run, kept_programs
 
@@ -23,6 +24,15 @@ BARE = (
     "import runpy, sys; sys.modules |= dict.fromkeys(['dacite', 'grain', 'tensorflow_datasets', 'tyro']); "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
+
+BESIDE = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}  # where a script finds its neighbours
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Iterator[int]:
+    """A file that a job is to inherit."""
+    with (tmp_path / "lock").open("w") as file:
+        yield file.fileno()
 
 
 def test_a_row_of_figures(run: Run) -> None:
@@ -33,13 +43,6 @@ def test_a_row_of_figures(run: Run) -> None:
     assert row["images_per_second"] == pytest.approx(8e3 / row["milliseconds"])
     assert row["compile_seconds"] > 0
     assert row["peak_mib"] > 100
-
-
-def test_what_cannot_be_timed_is_said(run: Run) -> None:
-    done = run("bench", "digits", "--batches", "8", "0")
-    assert (done.returncode, done.stderr) == (1, "mae-jax: batch 0 must be positive\n")
-    done = run("bench", "digits", "--batches", "8", "16", "--steps=0")
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "mae-jax: steps 0 must be positive\n")
 
 
 def test_a_step_that_finds_too_little_memory_leaves_a_row(run: Run) -> None:
@@ -60,7 +63,7 @@ def test_this_projects_side_needs_no_data_libraries(tmp_path_factory: pytest.Tem
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | quick(devices=1) | kept_programs(tmp_path_factory),
+        env=os.environ | quick(devices=1) | kept_programs(tmp_path_factory) | BESIDE,
     )
     assert done.returncode == 0, done.stderr
     about, timed = map(json.loads, done.stdout.splitlines())
@@ -71,17 +74,16 @@ def test_this_projects_side_needs_no_data_libraries(tmp_path_factory: pytest.Tem
 @pytest.mark.parametrize("name", ["bench_step.py", "bench_gpu.py", "profile_step.py"])
 def test_what_a_machine_for_benchmarks_runs_needs_none_either(name: str) -> None:
     words = [sys.executable, "-c", BARE, f"scripts/{name}", "--help"]
-    beside = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}  # where a script finds its neighbours
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=beside)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | BESIDE)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--model" in done.stdout
 
 
-def test_the_setting_imports_no_framework() -> None:
+def test_the_recipe_imports_no_framework() -> None:
     """Else the memory of one would count as the other's."""
-    modules = "mae_jax.bench.step, mae_jax.bench.table, parity.torch_mae, parity.torch_train"
-    said = f"import sys, {modules}; print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, cwd=ROOT, check=True)
+    modules = "mae_jax.bench.recipe, mae_jax.bench.table, parity.torch_mae, parity.torch_train"
+    program = f"import sys, {modules}; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"
 
 
@@ -158,11 +160,11 @@ def test_so_is_one_that_holds_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     record.write_text(json.dumps(whole) + "\n")
     assert bench_gpu.recorded(record) == [whole]
     record.write_bytes(line + b"\n")
-    with pytest.raises(StatedError, match=r"rows\.jsonl, line 1, is damaged: delete it, or choose another --out$"):
+    with refused("rows.jsonl", "rows.jsonl, line 1, is damaged: delete it, or choose another --out"):
         bench_gpu.recorded(record)
 
 
-def test_jobs_that_failed_are_told_and_run_again_on_request(
+def test_jobs_that_failed_are_counted_and_run_again_on_request(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     words = [f"--out={tmp_path}", "--models", "digits", "--batch=8", "--rounds=1", "--dtype=float32", "--device=cpu"]
@@ -170,19 +172,21 @@ def test_jobs_that_failed_are_told_and_run_again_on_request(
     compared += ["--batch=8", "--against=torch,torch-compile"]
     row = {"side": "torch", "batch": 8, "failed": "no module named torch"}
     (tmp_path / "rows.jsonl").write_text(json.dumps({"job": 0, "title": "x", "words": compared, "rows": [row]}) + "\n")
-    told = script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0")
-    assert (told.returncode, told.stderr) == (1, "1 failed: run this again with --retry\n")
+    done = script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0")
+    assert (done.returncode, done.stderr) == (1, "1 failed: run this again with --retry\n")
     assert "0 jobs done, 5 left" in script(tmp_path_factory, "bench_gpu.py", *words, "--minutes=0", "--retry").stdout
 
 
-def test_a_first_start_is_cold_and_no_job_takes_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_start_is_cold_and_no_job_takes_for_ever(
+    tmp_path: Path, lock: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     bench_gpu = importlib.import_module("bench_gpu")
     left = tmp_path / "compiled" / "program"
     for title, stays in ((bench_gpu.SECOND, True), (bench_gpu.FIRST, False)):
         left.parent.mkdir(exist_ok=True)
         left.touch()
-        done = bench_gpu.run(3, (title, ["bench_step.py", "--model=digits", bench_gpu.KEEP]), tmp_path, 0.001)
+        done = bench_gpu.run(3, (title, ["bench_step.py", "--model=digits", bench_gpu.KEEP]), tmp_path, 0.001, lock)
         assert done["rows"][0]["failed"] == "took longer than 0.001 minutes"
         assert left.exists() == stays
 
@@ -191,7 +195,7 @@ def test_a_first_start_is_cold_and_no_job_takes_for_ever(tmp_path: Path, monkeyp
 def test_a_benchmark_that_is_stopped_leaves_no_side_behind(
     number: int, code: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Only the benchmark is told, as soon as its side is there: it may not know it yet."""
+    """Only the benchmark gets the signal, as soon as its side is there: it may not know it yet."""
     process = subprocess.Popen(
         [sys.executable, "scripts/bench_step.py", "--model=digits", "--batch=8", "--against="],
         stdout=subprocess.PIPE,
@@ -205,13 +209,13 @@ def test_a_benchmark_that_is_stopped_leaves_no_side_behind(
     while not (sides := children.read_text().split()) and time.monotonic() < until:
         pass
     process.send_signal(number)
-    out, said = process.communicate(timeout=60)
-    assert (process.returncode, out, said) == (code, "", "")
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out, errors) == (code, "", "")
     assert [dies(int(side)) for side in sides] == [True]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (
             ["bench_step.py", "--model=digits", "--against=jax-cudnn"],
@@ -235,18 +239,17 @@ def test_a_benchmark_that_is_stopped_leaves_no_side_behind(
             ["bench_gpu.py", "--out=pyproject.toml", "--device=cpu"],
             "--out pyproject.toml cannot be written (File exists)",
         ),
-        (["profile_step.py", "--out=scripts"], "--out scripts is a folder: name a file"),
         (["profile_step.py", "--model=digits", "--device=gpu"], "JAX finds no GPU here that it can use"),
         (["plan_gpu.py", "--model=vit_giant"], "model vit_giant is unknown"),
         (["plan_gpu.py", "--rows=0"], "--rows 0 must be positive"),
     ],
 )
-def test_what_cannot_be_run_is_said_in_a_line(
-    words: list[str], said: str, tmp_path_factory: pytest.TempPathFactory
+def test_what_cannot_be_run_is_refused_in_a_line(
+    words: list[str], message: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     done = script(tmp_path_factory, *words)
     assert (done.returncode, done.stdout) == (1, "")
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -263,19 +266,19 @@ def test_no_job_is_begun_without_a_gpu(tmp_path: Path, tmp_path_factory: pytest.
     assert not list(tmp_path.iterdir())
 
 
-def test_flags_reach_the_compiler_and_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_reach_the_compiler_and_the_report(tmp_path: Path, lock: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     bench_gpu = importlib.import_module("bench_gpu")
     (flag, *_), given = bench_gpu.FLAGS, {}
 
-    def started(command: list[str], variables: dict[str, str], *_: object) -> "subprocess.CompletedProcess[str]":
-        given.update(command=command, flags=variables["XLA_FLAGS"])
+    def started(command: list[str], env: dict[str, str], **_: object) -> "subprocess.CompletedProcess[str]":
+        given.update(command=command, flags=env["XLA_FLAGS"])
         return subprocess.CompletedProcess(command, 1, "", "out of memory")
 
-    monkeypatch.setattr(bench_gpu, "finish", started)
+    monkeypatch.setattr(bench_gpu.subprocess, "run", started)
     tried = [job for job in bench_gpu.jobs(["digits"], 256, "float32", 1, "gpu", "xla") if job[0] == "XLA flags"]
     assert len(tried) == 1 + len(bench_gpu.FLAGS)
-    row = bench_gpu.run(0, tried[1], tmp_path, 1.0)
+    row = bench_gpu.run(0, tried[1], tmp_path, 1.0, lock)
     assert flag in given["flags"].split()
     assert flag not in given["command"]
     assert f"XLA_FLAGS={flag} python scripts/bench_step.py" in bench_gpu.report([row])

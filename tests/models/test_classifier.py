@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
 from mae_jax.models.classifier import Classifier

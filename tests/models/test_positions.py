@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-from mae_jax.models.positions import fixed_positions, resize_positions, sincos1d, sincos2d
+from mae_jax.models.patches import fixed_positions, resize_positions, sincos1d, sincos2d
 
 sin, cos = math.sin, math.cos
 
@@ -80,6 +79,7 @@ def test_widths_that_do_not_divide_are_refused():
 @pytest.mark.parametrize(("old", "new"), [((4, 4), (6, 6)), ((14, 14), (28, 28)), ((6, 5), (3, 7)), ((3, 1), (1, 2))])
 def test_a_resized_table_is_pytorchs(old, new, class_token):
     """Bicubic without antialiasing, as the authors' fine-tuning resizes; the class token's row stays."""
+    torch = pytest.importorskip("torch")
     table = np.random.default_rng(0).standard_normal((old[0] * old[1] + class_token, 8))
     found = resize_positions(table, old, new, class_token)
     grid = torch.from_numpy(table[int(class_token) :].reshape(1, *old, 8)).movedim(-1, 1)

@@ -1,6 +1,6 @@
 """Small models to carry around, and the libraries that they are carried to."""
 
-import warnings
+import importlib.util
 
 import jax
 import numpy as np
@@ -8,6 +8,9 @@ import pytest
 
 from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
 from mae_jax.port.keys import entries, from_fair
+from tests.peers import peer
+
+PEERS = ("lightly.models.modules", "timm", "transformers.models.vit_mae.modeling_vit_mae")
 
 TINY = ModelConfig(
     image_size=32,
@@ -40,16 +43,8 @@ CLASSIFIERS = {pooling: ClassifierConfig(TINY, 7, pooling) for pooling in ("mean
 @pytest.fixture(scope="session", autouse=True)
 def _importable():
     """timm and lightly warn of each other, and of torchvision, as they are imported."""
-    from parity.peers import declare_torchvision_operators
-
-    declare_torchvision_operators()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import lightly.models.modules
-        import timm
-        import transformers
-
-    _ = transformers.ViTMAEForPreTraining, timm, lightly.models.modules.MaskedVisionTransformerTIMM
+    for name in PEERS if importlib.util.find_spec("torch") else ():
+        peer(name)
 
 
 def same(ours, again):

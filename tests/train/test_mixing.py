@@ -1,16 +1,15 @@
-"""Mixing and erasing against timm's own, as arrays, and what no library says."""
+"""Mixing and erasing against timm's own, as arrays, and by hand what no library has."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae_jax.config import MixConfig
 from mae_jax.train.mixing import cutmix, cutmix_box, erase, erased_box, mix, mixup, neighbours, smooth_targets
-from parity.peers import declare_torchvision_operators
+from tests.peers import peer
 
 CLASSES = 6
 RNG = np.random.default_rng(0)
@@ -23,10 +22,7 @@ AS_TIMM = [0, 7, 1, 6, 2, 5, 3, 4]
 
 @pytest.fixture(scope="module")
 def timm_mixup():
-    declare_torchvision_operators()
-    from timm.data import Mixup  # noqa: PLC0415  (only where its operators are declared)
-
-    return Mixup
+    return peer("timm.data").Mixup
 
 
 def targets(labels=LABELS, smoothing=0.1):
@@ -40,15 +36,16 @@ def timms(make, monkeypatch, share, use_cutmix, centre=(0, 0)):
     drawn = iter(centre)
     monkeypatch.setattr(np.random, "randint", lambda low, high, size=None: next(drawn))
     order = np.argsort(AS_TIMM)
+    torch = pytest.importorskip("torch")
     images = torch.from_numpy(IMAGES[order]).movedim(-1, 1).contiguous()
-    # Its targets are made on the GPU unless told; on a CPU they are what they are there.
+    # Its targets are made on the GPU by default; on a CPU they are the same.
     monkeypatch.setattr("timm.data.mixup.one_hot", _one_hot)
     mixed, goal = mixer(images, torch.from_numpy(LABELS[order]))
     return mixed.movedim(1, -1).numpy()[AS_TIMM], goal.numpy()[AS_TIMM]
 
 
 def _one_hot(x, num_classes, on_value=1.0, off_value=0.0, **device):
-    return torch.full((len(x), num_classes), off_value).scatter_(1, x.view(-1, 1), on_value)
+    return pytest.importorskip("torch").full((len(x), num_classes), off_value).scatter_(1, x.view(-1, 1), on_value)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.85])
@@ -72,6 +69,7 @@ def test_cutmix_is_timms(timm_mixup, monkeypatch, share, centre):
 
 
 def test_smoothing_is_pytorchs():
+    torch = pytest.importorskip("torch")
     logits = RNG.standard_normal((8, CLASSES)).astype(np.float32)
     expected = torch.nn.functional.cross_entropy(
         torch.from_numpy(logits), torch.from_numpy(LABELS), label_smoothing=0.1

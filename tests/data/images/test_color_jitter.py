@@ -1,26 +1,20 @@
 """Colour jitter against torchvision's, given the same draws."""
 
-import importlib
-import warnings
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from mae_jax.data.images.distort import color_jitter
 from mae_jax.rng import host_generator
-from parity.peers import declare_torchvision_operators
 from tests.data.photographs import photograph
+from tests.peers import peer
 
 PHOTO = Image.fromarray(photograph(30, 41))
 
 
 @pytest.fixture(scope="module")
 def torchvision_jitter():
-    declare_torchvision_operators()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module("torchvision.transforms").ColorJitter
+    return peer("torchvision.transforms").ColorJitter
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

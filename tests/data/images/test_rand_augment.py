@@ -1,7 +1,5 @@
 """RandAugment against timm's: each operation, and whole images given the same draws, equal to the bit."""
 
-import importlib
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +11,8 @@ from PIL import Image, ImageOps
 from mae_jax.config import IMAGENET_MEAN
 from mae_jax.data.images.distort import OPERATIONS, fill_colour, rand_augment
 from mae_jax.rng import host_generator
-from parity.peers import declare_torchvision_operators
 from tests.data.photographs import photograph
+from tests.peers import peer
 
 PHOTO = Image.fromarray(photograph(30, 41))
 IMAGES = {
@@ -27,21 +25,14 @@ IMAGES = {
 MEANS = {"RGB": IMAGENET_MEAN, "L": (0.305,)}
 
 
-def timm(module: str):
-    declare_torchvision_operators()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module(f"timm.data.{module}")
-
-
 @pytest.fixture(scope="module")
 def auto_augment():
-    return timm("auto_augment")
+    return peer("timm.data.auto_augment")
 
 
 def make_timm(mean, size=24, config="rand-m9-mstd0.5-inc1"):
     """The RandAugment in timm's own training transforms, with their colour to fill with and their interpolation."""
-    transforms = timm("transforms_factory").transforms_imagenet_train(
+    transforms = peer("timm.data.transforms_factory").transforms_imagenet_train(
         size, auto_augment=config, interpolation="bicubic", mean=mean, std=mean, color_jitter=None
     )
     (found,) = (part for part in transforms.transforms if type(part).__name__ == "RandAugment")
