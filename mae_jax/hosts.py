@@ -102,7 +102,8 @@ class Hosts:
     def leave_word(self, reason: str) -> None:
         """Let the other hosts read why this one fails; it must end by `os._exit` then, without waiting for them."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # host 0 is gone, and there is nobody to read it
-            _store().key_value_set(f"failed/{self.index}", reason, allow_overwrite=True)
+            if not self.failures():  # else the first reason stands, of which this one follows
+                _store().key_value_set(f"failed/{self.index}", reason, allow_overwrite=True)
             if self.first:
                 time.sleep(LINGER)
 
