@@ -1,5 +1,8 @@
 """Failures that are meant to be read by the person who ran the command."""
 
+import reprlib
+from typing import Any
+
 
 class StatedError(RuntimeError):
     """A failure that the program understands: its message names what is wrong, with its value, and what to do.
@@ -27,3 +30,29 @@ def _rebuild(kind: type[StatedError], message: str, field: str | None) -> Stated
 
 class NoSuchSplitError(StatedError):
     """The data is there, the split of it is not."""
+
+
+class _Short(reprlib.Repr):
+    """A `repr` that takes no time, whatever it is given: lists are cut in length and in depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong = 3, 80, 40
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python converts no integer of more than 4,300 digits."""
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"an integer of {x.bit_length()} bits"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Return the name of the type where a value's own `repr` could be of any length."""
+        return repr(x) if isinstance(x, float | bool | None) else f"a value of type {type(x).__name__}"
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file as a message shows it: like `repr`, cut where it is long, deep or shared."""
+    return _Short().repr(value)
+
+
+def shown_name(name: str) -> str:
+    """Return a name from a file as a message shows it: as it is, unless it is long or cannot be printed."""
+    return name if name.isprintable() and len(name) <= 120 else shown(name)

@@ -1,150 +1,62 @@
-"""Several hosts as one run, through jax.distributed: who takes part, what they tell each other, how they part.
+"""Several hosts as one run, through jax.distributed: how they meet, what they exchange, how they part.
 
-A host is one process of JAX: one on each machine, or one for each GPU where Slurm starts them so. Host 0 coordinates.
+A host is one process of JAX: one for each machine, or one for each GPU where the launcher starts them so. Host 0
+coordinates: it holds the service that the others join through, and its key-value store.
+
+How JAX behaves (0.10, on CPUs), and what follows from it here:
+
+- Every host sends heartbeats from a C++ thread, so that one that compiles or is stopped for a minute stays; after
+  HEARTBEAT seconds without them the service takes it for gone.
+- When host 0 is gone, or the service takes another for gone, JAX ends the process by SIGABRT (exit code 134) with a
+  C++ stack; Python is not asked. Where a connection between two hosts breaks first, the step raises at once, and
+  `joined` makes a sentence of it.
+- `initialize` aborts in the same way where not all hosts come in time, and crashes where its port is in use. So the
+  port is tried before, and each host waits for the first by a plain connection.
+- SIGTERM is caught by JAX's preemption service after `initialize`, in C++ (`runs/stop.py`).
+- A host that leaves by an exception waits for the others at the exit barrier, and they for it in a step: it must end
+  by `os._exit`.
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import functools
 import importlib.util
+import itertools
 import os
-import signal
+import re
+import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-from orbax.checkpoint import multihost
 
 from mae_jax.config import Run
 from mae_jax.errors import StatedError
-
-HEARTBEAT = 2.0  # seconds
-GONE_AFTER = 30  # seconds without a heartbeat
-
-ALIVE, FAILED = "alive", "failed"
-
-_SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
-
-
-def end(message: str) -> NoReturn:
-    """End this process with a sentence, and without waiting for anyone."""
-    print(f"mae-jax: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
-
-
-def on_abort(act: Callable[[], NoReturn]) -> None:
-    """Call `act` in place of dying of SIGABRT.
-
-    JAX aborts the process where its coordination service cannot be reached, from C++ and with no hook: the callback
-    that it has cannot be written in Python, and Python's own handlers would run too late.
-    """
-    handler = _SIGNAL_HANDLER(lambda number: act())
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handler))  # for good: the abort may come at any time
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
-
-
-class Watch:
-    """A thread that beats and listens, through the key-value store of JAX's coordination service.
-
-    The store lives in host 0; when that is gone JAX aborts this process as soon as the connection breaks.
-    """
-
-    def __init__(self, index: int, count: int, store: Any) -> None:
-        self.index, self.count = index, count
-        self.how: Callable[[], str] = lambda: "Run the same command again."
-        self._store = store
-        self._heard = dict.fromkeys(range(count), ("", time.monotonic()))  # the newest beat of each, and when it came
-        self._beats = dict.fromkeys(range(count), 0)  # heard so far
-        self._over = threading.Event()
-        self._ending = threading.Lock()
-        on_abort(self._lost)
-        self._thread = threading.Thread(target=self._listen, name="watch-hosts", daemon=True)
-        self._thread.start()
-
-    def fail(self, reason: str) -> None:
-        """Tell the others that this host ends, and why; host 0 stays until they have heard."""
-        try:
-            self._store.key_value_set(f"{FAILED}/{self.index}", reason)
-            if self.index == 0:
-                time.sleep(3 * HEARTBEAT)
-        except Exception as error:  # whatever the store says: this process ends with a better reason
-            print(f"the other hosts could not be told: {error}", file=sys.stderr)
-
-    def let_the_gone_be_named(self) -> None:
-        """Return if all hosts live; else this process ends here. To be called with an error of any kind at hand.
-
-        When a host dies, the others see whatever they were at fail first: a step, or a save with its barriers. One
-        that is heard three times from now on lives: the first may have been read before, the second be as old as that,
-        the third is younger than this call.
-        """
-        heard = dict(self._beats)
-        while any(self._beats[host] - heard[host] < 3 for host in heard):
-            time.sleep(HEARTBEAT / 4)
-
-    def give_up(self, reason: str) -> NoReturn:
-        """End this process and all others, from any thread; where one is gone already, that is the reason."""
-        self.let_the_gone_be_named()
-        self.stop()
-        self.fail(reason)
-        self._end(reason)
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._over.set()
-        self._thread.join()
-
-    def _listen(self) -> None:
-        beat = 0
-        while not self._over.wait(HEARTBEAT):
-            beat += 1
-            try:
-                self._store.key_value_set(f"{ALIVE}/{self.index}", str(beat), allow_overwrite=True)
-                alive, failed = (self._read(topic) for topic in (ALIVE, FAILED))
-            except Exception:  # whatever its layers raise: the service is where host 0 is
-                self._lost()
-            for host, reason in failed.items():
-                self._end(f"host {host} of {self.count} has failed: {reason}\n{self.how()}")
-            now = time.monotonic()
-            for host, value in alive.items():
-                if self._heard[host][0] != value:
-                    self._heard[host] = value, now
-                    self._beats[host] += 1
-            gone = [host for host, (_, when) in self._heard.items() if now - when > GONE_AFTER]
-            if gone:
-                names = " and ".join(f"host {host}" for host in gone)
-                verb = "has" if len(gone) == 1 else "have"
-                self._end(f"{names} of {self.count} {verb} not been heard of for {GONE_AFTER} s. {self.how()}")
-
-    def _read(self, topic: str) -> dict[int, str]:
-        return {int(key.rpartition("/")[2]): value for key, value in self._store.key_value_dir_get(f"{topic}/")}
-
-    def _lost(self) -> NoReturn:
-        self._end(f"the connection to host 0 of {self.count} is lost: it has ended or cannot be reached. {self.how()}")
-
-    def _end(self, message: str) -> NoReturn:
-        self._ending.acquire()  # never released: the first reason is the one
-        end(message)
-
+from mae_jax.launchers import Joining, plan_joining, visible_gpus
 
 START_WITHIN = 100  # seconds for all hosts to come
-TELL_WITHIN = 600  # seconds for a host to reach the same place; the watch ends the wait for one that is gone
+HEARTBEAT = 100  # seconds without a heartbeat after which a host is gone; one that is stopped for a minute is not
+GATHER_WITHIN = 600  # seconds for all hosts to come to the same `gather`
+LINGER = 1.5  # seconds that a host 0 that fails keeps its store up, for the others to read why
+
+# What to look for where hosts do not meet.
+WHAT = (
+    "whether each was started with the same --coordinator and --num-processes and its own --process-id, and whether "
+    "the port is open"
+)
+
+# How an error of a collective operation begins, whichever library raised it: a status of absl.
+STATUS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """This host among those of the run; by default it is alone.
-
-    watch: what ends this process when another is gone, which none may wait for.
-    """
+    """This host among those of the run; by default it is alone."""
 
     index: int = 0
     count: int = 1
-    watch: Watch | None = None
+    _rounds: Iterator[int] = dataclasses.field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -152,79 +64,207 @@ class Hosts:
         return self.index == 0
 
     def gather(self, topic: str, text: str) -> list[str]:
-        """What each host says to `topic`, in the order of hosts. All must call it, and a topic can be used once."""
+        """Return what each host gives to `topic`, in the order of hosts; all must call it, and in the same order.
+
+        Raises:
+          StatedError: another host has failed, or does not come.
+        """
         if self.count == 1:
             return [text]
-        store = multihost.get_jax_distributed_client()
-        store.key_value_set(f"{topic}/{self.index}", text)
-        return [store.blocking_key_value_get(f"{topic}/{host}", TELL_WITHIN * 1000) for host in range(self.count)]
+        number, store = next(self._rounds), _store()
+        store.key_value_set(f"gather/{number}/{self.index}", text)
+        texts = [self._wait_for(f"gather/{number}/{host}", host, topic) for host in range(self.count)]
+        # All have come here, so that none still reads what was gathered before.
+        store.key_value_delete(f"gather/{number - 1}/{self.index}")
+        return texts
 
-    def explain(self, how: Callable[[], str]) -> None:
-        """Say how the run can be continued, for the time when another host is gone."""
-        if self.watch is not None:
-            self.watch.how = how
+    def _wait_for(self, key: str, host: int, topic: str) -> str:
+        until = time.monotonic() + GATHER_WITHIN
+        while time.monotonic() < until:
+            try:
+                return str(_store().blocking_key_value_get(key, 500))  # milliseconds
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+            if failures := self.failures():
+                raise StatedError("\n".join(failures))
+        raise StatedError(f"host {host} of {self.count} has not come to {topic!r} within {GATHER_WITHIN} s")
+
+    def failures(self) -> list[str]:
+        """Return a sentence for each other host that has left word why it fails."""
+        found = {int(key.rpartition("/")[2]): reason for key, reason in _store().key_value_dir_get("failed/")}
+        return [
+            f"host {host} of {self.count} has failed: {reason}"
+            for host, reason in sorted(found.items())
+            if host != self.index
+        ]
+
+    def leave_word(self, reason: str) -> None:
+        """Let the other hosts read why this one fails; it must end by `os._exit` then, without waiting for them."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # host 0 is gone, and there is nobody to read it
+            _store().key_value_set(f"failed/{self.index}", reason, allow_overwrite=True)
+            if self.first:
+                time.sleep(LINGER)
+
+    def abandon(self, reason: str) -> None:
+        """End this process, from whichever thread, where other hosts would wait for it; return where it is alone."""
+        if self.count > 1:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                reason = "\n".join(self.failures()) or reason  # what another failed at comes before what follows
+            _report(reason)
+            self.leave_word(reason)
+            os._exit(1)
 
 
-def _cluster() -> bool:
-    """Whether JAX may find other hosts by itself: in a step of a Slurm job with several tasks, or on a TPU."""
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or importlib.util.find_spec("libtpu") is not None
+def _report(text: str) -> None:
+    print(f"mae-jax: {text}", file=sys.stderr, flush=True)
 
 
-def _start(config: Run) -> bool:
-    """Meet the other hosts, as the configuration or the cluster says; False where there are none."""
-    if config.num_processes == 1:
-        return False
-    meet = functools.partial(
-        jax.distributed.initialize,
-        initialization_timeout=START_WITHIN,
-        heartbeat_timeout_seconds=3 * GONE_AFTER,  # the watch is to be first: it can tell who is gone
-        shutdown_timeout_seconds=GONE_AFTER,
-    )
-    where = f"to coordinator {config.coordinator}" if config.coordinator else "together"
-    failure = (
-        f"the hosts did not come {where} within {START_WITHIN} s. Check that all were started, with the same "
-        "--coordinator and --num-processes and each with its own --process-id, and that the port is free and open."
-    )
-    if config.num_processes is None and not _cluster():
-        return False
-    on_abort(lambda: end(failure))
-    try:
-        meet(config.coordinator, config.num_processes, config.process_id)
-    except ValueError:
-        if config.num_processes is not None:
-            raise
-        return False  # libtpu without a TPU
-    except RuntimeError as error:
-        raise StatedError(f"{failure} ({str(error).splitlines()[0]})") from error
-    return jax.process_count() > 1
+def _store() -> Any:
+    # There is no public name for it; Orbax and Flax take it in the same way.
+    from jax._src import distributed  # noqa: PLC0415
+
+    return distributed.global_state.client
 
 
 @contextlib.contextmanager
 def joined(config: Run) -> Iterator[Hosts]:
-    """The hosts of a run, from when all have come until all have done.
+    """Give the hosts of a run, from when all have come until all have done.
 
-    One that fails tells the others, and must then leave without waiting for them (`os._exit`).
+    One that fails leaves word to the others; it must then end by `os._exit`, without waiting for them.
 
     Raises:
-      StatedError: not all hosts came.
+      StatedError: this is one of several and cannot join, a host has not come, has failed or is gone, or JAX finds no
+        device.
     """
-    if not _start(config):
+    installed = {name for name in ("libtpu", "kubernetes") if importlib.util.find_spec(name)}
+    joining = plan_joining(config, os.environ, installed, visible_gpus())
+    several = joining is not None and _join(joining)
+    check_platform()
+    if not several:
         yield Hosts()
         return
-    count = jax.process_count()
-    watch = Watch(jax.process_index(), count, multihost.get_jax_distributed_client())
-    hosts = Hosts(jax.process_index(), count, watch)
+    hosts = Hosts(jax.process_index(), jax.process_count())
     try:
         yield hosts
-        hosts.gather("done", "")
-    except StatedError as error:
-        watch.stop()
-        watch.fail(str(error))
-        raise
-    except Exception as error:
-        watch.let_the_gone_be_named()
-        watch.stop()
-        watch.fail(f"{type(error).__name__}: {error}")
-        raise
-    watch.stop()
+        hosts.gather("the end", "")
+    except BaseException as error:
+        reason = _explain(error, hosts, config)
+        hosts.leave_word(reason)
+        if isinstance(error, StatedError) or not isinstance(error, Exception):
+            raise
+        raise StatedError(reason) from error
     jax.distributed.shutdown()
+
+
+def _explain(error: BaseException, hosts: Hosts, config: Run) -> str:
+    """Say why this host fails: because of another, if one has left word or a collective operation has failed."""
+    first = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+    if isinstance(error, StatedError):
+        return str(error)
+    failures: list[str] = []
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        failures = hosts.failures()
+    again = (
+        f"Run the same command again: it continues from the newest checkpoint in {config.workdir}, on fewer hosts if "
+        f"need be, as long as batch_size {config.batch_size} divides by devices x accumulate {config.accumulate}."
+    )
+    if failures:
+        return "\n".join([*failures, again])
+    if isinstance(error, Exception) and STATUS.match(str(error)):
+        return f"an operation of all {hosts.count} hosts has failed, as it does when one is gone ({first}). {again}"
+    return first
+
+
+def _join(joining: Joining) -> bool:
+    """Meet the other hosts; False where JAX, asked on a TPU's behalf, finds none."""
+    if joining.coordinator is not None and joining.process_id is not None:
+        if joining.process_id == 0:
+            _check_port(joining.coordinator)
+        else:
+            _wait_for_first(joining, joining.coordinator)
+    _report(
+        f"{joining.name} joins by {joining.by}. If not all come within {START_WITHIN} s, JAX aborts: see then {WHAT}"
+    )
+    try:
+        jax.distributed.initialize(
+            joining.coordinator,
+            joining.num_processes,
+            joining.process_id,
+            local_device_ids=list(joining.local_device_ids),
+            cluster_detection_method=joining.method,
+            initialization_timeout=START_WITHIN,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except ValueError:
+        if joining.num_processes is not None:
+            raise
+        return False  # libtpu without a TPU
+    except RuntimeError as error:
+        raise StatedError(
+            f"{joining.name} cannot join by {joining.by} ({str(error).partition(chr(10))[0]}): see {WHAT}",
+            field="coordinator",
+        ) from error
+    return jax.process_count() > 1
+
+
+def _check_port(coordinator: str) -> None:
+    """Refuse a port that host 0 cannot listen on.
+
+    Raises:
+      StatedError: it is in use, or not allowed.
+    """
+    port = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator).rpartition(":")[2]
+    try:
+        # On all addresses, as JAX does. What is left there of connections that have ended does not count.
+        socket.create_server(("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True).close()
+    except OSError as error:
+        raise StatedError(
+            f"coordinator {coordinator}: host 0 cannot listen on port {port} ({error.strerror}): give another one to "
+            "all hosts",
+            field="coordinator",
+        ) from error
+
+
+def _wait_for_first(joining: Joining, coordinator: str) -> None:
+    """Wait until host 0 listens, and say what is in the way as soon as it is.
+
+    Raises:
+      StatedError: it does not listen in time.
+    """
+    host, _, port = coordinator.rpartition(":")
+    until, reason = time.monotonic() + START_WITHIN, ""
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > until:
+                raise StatedError(
+                    f"coordinator {coordinator} has not answered within {START_WITHIN} s ({error}): see {WHAT}",
+                    field="coordinator",
+                ) from error
+            if str(error) != reason:
+                reason = str(error)
+                _report(f"{joining.name} waits up to {START_WITHIN} s for host 0 at {coordinator} ({reason})")
+            time.sleep(0.5)
+        else:
+            return
+
+
+def check_platform() -> None:
+    """Refuse platforms that JAX is asked for and does not find.
+
+    Raises:
+      StatedError: JAX_PLATFORMS names them.
+    """
+    try:
+        jax.local_devices()
+    except Exception as error:
+        platforms = jax.config.values["jax_platforms"]
+        if not platforms:
+            raise
+        raise StatedError(
+            f"JAX_PLATFORMS is {platforms}, and JAX finds no such device ({str(error) or 'it gives no reason'}): unset "
+            "it, or see whether the driver and the plugin for it are installed",
+            field="JAX_PLATFORMS",
+        ) from error

@@ -34,19 +34,19 @@ MAX_POSITION = 2**32 - 1
 
 
 def host_generator(seed: int, stream: str, position: int) -> np.random.Generator:
-    """The NumPy generator of one example: counter-based, so that any position costs the same."""
+    """Make the NumPy generator of one example: counter-based, so that any position costs the same."""
     return np.random.Generator(np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, 0, position]))
 
 
 def device_key(seed: int, stream: str) -> "jax.Array":
-    """The JAX key of a stream."""
+    """Make the JAX key of a stream."""
     import jax
 
     return jax.random.fold_in(jax.random.key(seed), STREAMS[stream])
 
 
 def example_uniforms(key: "jax.Array", positions: "jax.Array | np.ndarray", count: int) -> "jax.Array":
-    """`count` uniforms in [0, 1) for each position: (batch,) uint32 to (batch, count) float32.
+    """Draw `count` uniforms in [0, 1) for each position: (batch,) uint32 to (batch, count) float32.
 
     A row depends on `key` and its own position alone, not on the rest of the batch.
     """

@@ -11,8 +11,8 @@ import tyro
 from parity.models import MODELS
 
 if TYPE_CHECKING:
+    from parity.compare import Precision
     from parity.report import Report
-    from parity.tolerances import Precision
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ def compare(arguments: Arguments, precision: "Precision") -> "Report":
     import jax
     import torch
 
+    from parity.inputs import Reference
     from parity.models import SMALL, SQUARE, TARGETS
     from parity.peers import run as run_peer
-    from parity.reference import Reference
     from parity.report import COLUMNS, Report, line, rows
     from parity.stages import run
 
@@ -64,13 +64,13 @@ def compare(arguments: Arguments, precision: "Precision") -> "Report":
 
 
 def wrong_usage(message: str) -> int:
-    """Say what is wrong, and the exit code for it."""
+    """Print what is wrong, and return the exit code for it."""
     print(message, file=sys.stderr)
     return 2
 
 
 def main() -> int:
-    """0 where everything agrees, 1 where something departs, 2 on wrong usage."""
+    """Return 0 where everything agrees, 1 where something departs, 2 on wrong usage."""
     arguments = tyro.cli(Arguments, prog="python -m parity")
     if arguments.batch_size is not None and (arguments.batch_size < 2 or arguments.batch_size % 2):
         return wrong_usage(f"--batch-size {arguments.batch_size} is not a positive even number")
@@ -82,7 +82,7 @@ def main() -> int:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=2".strip()
 
     try:
-        from mae_jax.port.verify import NotInstalledError
+        from mae_jax.port.receivers.receiver import NotInstalledError
         from parity.stages import STAGES
     except ModuleNotFoundError as error:
         if error.name != "torch":

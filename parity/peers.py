@@ -12,14 +12,18 @@ import torch
 
 from mae_jax.config import ModelConfig
 from mae_jax.models.mae import MaskedAutoencoder
-from mae_jax.port import verify as receivers
+from mae_jax.port.compare import Comparison
 from mae_jax.port.keys import Part, Tensors, entries, from_fair, frozen_tables, to_fair
 from mae_jax.port.layouts import detect, from_layout, in_decoder, to_layout
-from mae_jax.port.verify import Receiver, comparable
+from mae_jax.port.receivers.hugging_face import hugging_face
+from mae_jax.port.receivers.lightly import lightly
+from mae_jax.port.receivers.receiver import Receiver
+from mae_jax.port.receivers.timm import timm_model
+from mae_jax.port.verify import comparable
 from mae_jax.train.step import loss_and_gradients
-from parity.compare import Pair, Result, compare
-from parity.reference import Reference
-from parity.updates import module_of
+from parity.compare import Pair, compare
+from parity.inputs import Reference
+from parity.training import module_of
 
 _declared: list[torch.library.Library] = []  # held, or torch forgets them
 
@@ -45,10 +49,10 @@ def declare_torchvision_operators() -> None:
 
 # Each peer's model with random weights, and how much of ours it has.
 PEERS: dict[str, tuple[Part, Callable[[ModelConfig], Receiver]]] = {
-    "huggingface": ("all", lambda config: receivers.hugging_face(config, "all", None)),
-    "timm": ("encoder", lambda config: receivers.timm_model(config, None)),
-    "lightly": ("all", lambda config: receivers.lightly(config, "all", False, None)),
-    "lightly-deprecated": ("all", lambda config: receivers.lightly(config, "all", True, None)),
+    "huggingface": ("all", lambda config: hugging_face(config, "all", None)),
+    "timm": ("encoder", lambda config: timm_model(config, None)),
+    "lightly": ("all", lambda config: lightly(config, "all", False, None)),
+    "lightly-deprecated": ("all", lambda config: lightly(config, "all", True, None)),
 }
 
 
@@ -59,11 +63,11 @@ class Peer:
         part, make = PEERS[name]
         to = name if name in ("timm", "lightly", "lightly-deprecated") else "huggingface"
         config = comparable(reference.config, to, part)  # type: ignore[arg-type]
-        assert isinstance(config, ModelConfig)
+        assert config.kind == "mae"
         self.part: Part = part
         self.config = replace(config, dtype=reference.config.dtype)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they say of each other
+            warnings.simplefilter("ignore")  # they warn of each other
             self.receiver = make(self.config)
         self.module = self.receiver.module.to(getattr(torch, reference.precision))
         found = detect(self.module.state_dict())
@@ -88,7 +92,7 @@ class Peer:
         self.module.load_state_dict(tensors, strict=True)
 
     def theirs(self) -> tuple[dict[str, Any], Tensors]:
-        """The peer's outputs, and the gradient of its loss by the authors' names; of an encoder, of one direction."""
+        """Compute the peer's outputs and its loss's gradient by the authors' names; of an encoder, of one direction."""
         outputs = self.receiver.forward(self.torch_images, self.torch_noise)
         loss = outputs["loss"] if self.part == "all" else (outputs["latent"] * torch.from_numpy(self.direction)).mean()
         trained = {key: p for key, p in self.module.named_parameters() if p.requires_grad}
@@ -101,7 +105,7 @@ class Peer:
         return outputs, from_layout(gradients, self.layout, self.config, self.part)
 
     def ours(self) -> tuple[dict[str, Any], Tensors]:
-        """Our outputs and gradients."""
+        """Compute our outputs and gradients."""
         model, direction = MaskedAutoencoder(self.config), jnp.asarray(self.direction, self.images.dtype)
 
         @jax.jit
@@ -124,8 +128,8 @@ class Peer:
         return outputs, to_fair(gradients, self.config, self.part)
 
 
-def run(name: str, reference: Reference) -> Iterator[list[Result]]:
-    """Each output, then the gradient of each tensor."""
+def run(name: str, reference: Reference) -> Iterator[list[Comparison]]:
+    """Compare each output with a peer's, then the gradient of each tensor."""
     with jax.enable_x64(reference.precision == "float64"), jax.default_matmul_precision("highest"):
         peer = Peer(name, reference)
         theirs, their_gradients = peer.theirs()

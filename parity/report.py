@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mae_jax.config import ModelConfig
-from parity.compare import Result, worst
-from parity.tolerances import BOUNDS, Precision
+from mae_jax.port.compare import Comparison, worst
+from parity.compare import BOUNDS, Precision
 
 COLUMNS = ("stage", "tensors", "max abs", "max rel", "bound", "verdict")
 
@@ -24,11 +24,11 @@ class Report:
     config: ModelConfig
     versions: dict[str, str]
     device: str
-    results: list[Result] = field(default_factory=list)
+    results: list[Comparison] = field(default_factory=list)
 
     @property
-    def departure(self) -> Result | None:
-        """The first result that is not within its bound."""
+    def departure(self) -> Comparison | None:
+        """Return the first result that is not within its bound."""
         return next((result for result in self.results if not result.passed), None)
 
     @property
@@ -39,7 +39,7 @@ class Report:
         return rows(self.results)
 
     def verdict(self) -> str:
-        """One or two sentences: how it ended."""
+        """State in one or two sentences how it ended."""
         what = f"{self.model}, {self.precision}, seed {self.seed}"
         first = self.departure
         if first is None:
@@ -67,8 +67,8 @@ class Report:
         }
 
 
-def rows(results: list[Result]) -> Iterator[tuple[str, ...]]:
-    """One row a stage: its worst tensor against that tensor's bound."""
+def rows(results: list[Comparison]) -> Iterator[tuple[str, ...]]:
+    """Yield one row a stage: its worst tensor against that tensor's bound."""
     for stage, group in groupby(results, key=lambda result: result.stage):
         members = list(group)
         last = worst(members)
@@ -78,7 +78,7 @@ def rows(results: list[Result]) -> Iterator[tuple[str, ...]]:
 
 
 def line(row: tuple[str, ...]) -> str:
-    """A row for the terminal."""
+    """Format a row for the terminal."""
     stage, tensors, *numbers, verdict = row
     return f"{stage:32}{tensors:>8}" + "".join(f"{number:>11}" for number in numbers) + f"   {verdict}"
 
@@ -104,7 +104,7 @@ def _markdown(reports: list[Report]) -> Iterator[str]:
 
 
 def _plot(reports: list[Report], path: Path) -> None:
-    """Each stage's largest relative error beside its bound, on a logarithmic scale; no error lies at the foot."""
+    """Draw each stage's largest relative error beside its bound, on a logarithmic scale; no error lies at the foot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (only where a report is asked for)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -117,9 +117,9 @@ def _plot(reports: list[Report], path: Path) -> None:
         places = range(len(found))
         axes.scatter([max(r.bound, foot) for r in found], places, marker="|", color="black", label="bound")
         for passed, colour in ((True, "tab:blue"), (False, "tab:red")):
-            chosen = [i for i in places if found[i].passed == passed and found[i].max_rel == found[i].max_rel]
+            shown = [i for i in places if found[i].passed == passed and found[i].max_rel == found[i].max_rel]
             label = "max rel" if passed else "departs"
-            axes.scatter([max(found[i].max_rel, foot) for i in chosen], chosen, s=14, color=colour, label=label)
+            axes.scatter([max(found[i].max_rel, foot) for i in shown], shown, s=14, color=colour, label=label)
         axes.set(
             xscale="log", title=f"{report.model}, {report.precision}", xlabel="relative error", xlim=(foot / 3, 10)
         )

@@ -59,7 +59,7 @@ def unpatchify(
 
 
 def sincos2d(width: int, grid: tuple[int, int]) -> Float[Tensor, "L width"]:
-    """2-D sin-cos positions: [sin x, cos x, sin y, cos y], a quarter of the width each (Chen et al. 2021, MoCo v3)."""
+    """Compute 2-D positions: [sin x, cos x, sin y, cos y], a quarter of the width each (Chen et al. 2021)."""
     rows, columns = grid
     quarter = width // 4
     table = np.zeros((rows * columns, width))
@@ -73,7 +73,7 @@ def sincos2d(width: int, grid: tuple[int, int]) -> Float[Tensor, "L width"]:
 
 
 def sincos1d(width: int, length: int) -> Float[Tensor, "L width"]:
-    """1-D sin-cos positions: sin on even channels, cos on odd ones (Vaswani et al. 2017, section 3.5)."""
+    """Compute 1-D positions: sin on even channels, cos on odd ones (Vaswani et al. 2017, section 3.5)."""
     table = np.zeros((length, width))
     for position in range(length):
         for k in range(width // 2):
@@ -83,7 +83,7 @@ def sincos1d(width: int, length: int) -> Float[Tensor, "L width"]:
 
 
 def positions(config: ModelConfig, width: int) -> Float[Tensor, "1 tokens width"]:
-    """The table added to the tokens; the class token's row comes first and is zero. Zeros where it is learned."""
+    """Return the table added to the tokens; the class token's row comes first and is zero. Zeros where learned."""
     if config.positions == "sincos2d":
         table = sincos2d(width, config.grid)
     elif config.positions == "sincos1d":
@@ -99,12 +99,12 @@ def positions(config: ModelConfig, width: int) -> Float[Tensor, "1 tokens width"
 
 
 def visible_count(config: ModelConfig) -> int:
-    """K, counted as the authors count: the product is cut off, in float64."""
+    """Return K, counted as the authors count: the product is cut off, in float64."""
     return int(config.grid[0] * config.grid[1] * (1 - config.mask_ratio))
 
 
 def shuffle(config: ModelConfig, noise: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """The order of the patches, those that stay visible first (section 3; Table 1f for block and grid)."""
+    """Order the patches, those that stay visible first (section 3; Table 1f for block and grid)."""
     if config.masking == "block" and config.num_patches >= 4:
         return torch.tensor([block_order(row, config.grid) for row in noise.tolist()])
     if config.masking == "grid":
@@ -193,7 +193,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], survival: Float[Tensor, "B 2"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        """`survival` multiplies each branch, example by example (drop path)."""
+        """Add attention, then MLP; `survival` multiplies each branch, example by example (drop path)."""
         first, second = (1.0, 1.0) if survival is None else (survival[:, 0, None, None], survival[:, 1, None, None])
         x = x + first * self.attn(self.norm1(x))
         return x + second * self.mlp(self.norm2(x))
@@ -222,7 +222,7 @@ class PatchEmbed(nn.Module):
 def principal_components(
     patches: Float[Tensor, "N P"], count: int
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, "P count"]]:
-    """Mean of patches, and the directions in which they vary most (Table 1d)."""
+    """Compute the mean of patches, and the directions in which they vary most (Table 1d)."""
     mean = patches.mean(dim=0)
     directions = torch.linalg.svd(patches - mean, full_matrices=False).Vh
     return mean, directions[:count].T.contiguous()
@@ -244,7 +244,7 @@ class PrincipalComponents(nn.Module):
 
 
 def prediction_target(config: ModelConfig, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L P"]:
-    """Pixels of each patch, or pixels normalised inside it: unbiased variance (Table 1d)."""
+    """Return the pixels of each patch, or pixels normalised inside it: unbiased variance (Table 1d)."""
     target = patchify(images, config.patch_hw)
     if config.norm_pix_loss:
         mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True, correction=1)
@@ -303,7 +303,7 @@ class MaskedAutoencoder(nn.Module):
     def encode(
         self, images: Tensor, ids_keep: Int[Tensor, "B K"], mask: Float[Tensor, "B L"], stages: dict[str, Tensor]
     ) -> Float[Tensor, "B tokens D"]:
-        """Visible patches to latents; all patches where the encoder sees mask tokens (Table 1c)."""
+        """Encode the visible patches; all patches where the encoder sees mask tokens (Table 1c)."""
         first_patch = int(self.config.class_token)
         x = stages["patch_embed"] = self.patch_embed(images)
         if self.config.encoder_mask_tokens:
@@ -321,14 +321,14 @@ class MaskedAutoencoder(nn.Module):
         return x
 
     def encode_whole(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B tokens D"]:
-        """The encoder's tokens with every patch visible."""
+        """Encode with every patch visible."""
         every = torch.arange(self.config.num_patches).expand(len(images), -1)
         return self.encode(images, every, torch.zeros(every.shape), {})
 
     def decode(
         self, latent: Float[Tensor, "B tokens D"], ids_restore: Int[Tensor, "B L"], stages: dict[str, Tensor]
     ) -> Float[Tensor, "B L P"]:
-        """Latents and mask tokens, back in image order, to the pixels of every patch."""
+        """Decode latents and mask tokens, back in image order, to the pixels of every patch."""
         first_patch = int(self.config.class_token)
         x = stages["decoder.embed"] = self.decoder_embed(latent)
         if not self.config.encoder_mask_tokens:
@@ -343,7 +343,7 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(x)[:, first_patch:]
 
     def loss(self, pred: Tensor, target: Tensor, mask: Float[Tensor, "B L"]) -> Float[Tensor, ""]:
-        """Mean squared error of the hidden patches, or of all."""
+        """Average the squared error over the hidden patches, or over all."""
         if self.config.loss_on == "all":
             mask = torch.ones_like(mask)
         per_patch = ((pred - target) ** 2).mean(dim=-1)
@@ -376,7 +376,7 @@ class Classifier(nn.Module):
     def pool(
         self, images: Float[Tensor, "B C H W"], survival: Float[Tensor, "B depth 2"] | None = None
     ) -> Float[Tensor, "B D"]:
-        """What the head sees."""
+        """Return what the head sees."""
         x = self.patch_embed(images)
         if self.config.model.class_token:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
@@ -389,5 +389,5 @@ class Classifier(nn.Module):
 
 
 def take(x: Float[Tensor, "B T D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-    """The tokens at `ids`, for each example its own."""
+    """Pick the tokens at `ids`, for each example its own."""
     return torch.gather(x, 1, ids[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,6 +1,5 @@
 """What comes after pretraining: classifier, augmentation of batches, fine-tuning and linear probing."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,12 +15,10 @@ from mae_jax.models import blocks as layers
 from mae_jax.port.keys import entries, from_fair, to_fair
 from mae_jax.train import classification, engines, mixing, objective, optimizers
 from mae_jax.train import step as steps
-from parity import torch_mae, torch_transfer
-from parity.compare import Pair
-from parity.ours import Ours
-from parity.reference import Reference
-
-Pairs = Iterator[Pair]
+from parity import torch_mae, torch_train
+from parity.compare import Pair, Pairs
+from parity.inputs import Ours, Reference
+from parity.training import without_key_bias
 
 CLASSES = 5
 STEPS = 5  # of fine-tuning and of probing
@@ -34,7 +31,7 @@ class Transfer:
     def __init__(self, ours: Ours, reference: Reference, **changes: Any) -> None:
         self.precision, batch_size = reference.precision, reference.run_config.batch_size
         model = replace(reference.config, encoder_mask_tokens=False)
-        settled = FinetuneConfig(
+        config = FinetuneConfig(
             model=model,
             augment=reference.run_config.augment,
             optim=OptimConfig(base_lr=RATE * 256 / batch_size, warmup_epochs=0, schedule="constant", beta2=0.999),
@@ -44,7 +41,7 @@ class Transfer:
             layer_decay=0.65,
             mix=MixConfig(smoothing=0.1, mixup=0.8, cutmix=1.0),
         )
-        self.config = replace(settled, **changes)
+        self.config = replace(config, **changes)
         generator = np.random.default_rng(reference.run_config.seed)
         self.labels = generator.integers(0, CLASSES, (STEPS, batch_size)).astype(np.int32)
         self.bytes, self.positions = reference.bytes, reference.positions
@@ -61,7 +58,7 @@ class Transfer:
         return self.config.classifier
 
     def torch_model(self) -> torch_mae.Classifier:
-        """The reference with the same weights."""
+        """Make the reference with the same weights."""
         model = torch_mae.Classifier(self.classifier).to(getattr(torch, self.precision))
         model.load_state_dict({key: torch.from_numpy(v) for key, v in self.weights.items()}, strict=False)
         return model
@@ -71,19 +68,19 @@ class Transfer:
 
     @cached_property
     def inputs(self) -> list[classification.Examples]:
-        """What our objective draws and mixes for each step; both sides train on it."""
+        """Draw and mix each step's examples as our objective does; both sides train on them."""
         task = classification.Classification(self.config)
         prepare = jax.jit(lambda batch, step: task.inputs(batch, jnp.asarray(batch.images), step))
         return [prepare(self.batch(step), jnp.asarray(step)) for step in range(STEPS)]
 
     def torch_inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same as tensors: images (B, C, H, W), targets, and what drop path multiplies by."""
+        """Return these examples as tensors: images (B, C, H, W), targets, and what drop path multiplies by."""
         images, targets, uniforms = (torch.from_numpy(np.array(values)) for values in self.inputs[step])
-        survival = torch_transfer.survival(uniforms, self.config.drop_path)
+        survival = torch_train.survival(uniforms, self.config.drop_path)
         return images.movedim(-1, 1).contiguous(), targets, survival
 
     def run(self, params: Params) -> tuple[list[steps.Metrics], Params]:
-        """Steps of the compiled run over two devices where there are two, from these parameters."""
+        """Run the compiled steps over two devices where there are two, from these parameters."""
         make_step = partial(steps.make_step, self.config, steps_per_epoch=STEPS, epochs=1.0)
         devices, batch_size = jax.local_devices()[:2], self.config.batch_size
         devices = devices if batch_size % (2 * len(devices)) == 0 else devices[:1]
@@ -97,23 +94,23 @@ class Transfer:
 
 
 def targets(ours: Ours, reference: Reference) -> Pairs:
-    """Label smoothing, mixup and cutmix, given the same draws."""
+    """Compare label smoothing, mixup and cutmix, given the same draws."""
     generator = np.random.default_rng(reference.run_config.seed)
     dtype, images = reference.precision, reference.images[0]
     labels = generator.integers(0, CLASSES, len(images))
     plain = mixing.smooth_targets(jnp.asarray(labels), CLASSES, 0.1, dtype)
-    theirs = torch_transfer.smoothed(torch.from_numpy(labels), CLASSES, 0.1, images.dtype)
+    theirs = torch_train.smoothed(torch.from_numpy(labels), CLASSES, 0.1, images.dtype)
     yield Pair("label smoothing", "targets", plain, theirs, "stage")
     for share, centre in ((0.3, (0.1, 0.6)), (0.9, (0.5, 0.5)), (0.0, (0.4, 0.7))):
         drawn = f"share {share}"
         ours_mixed = mixing.mixup(ours.images, plain, jnp.asarray(share, dtype))
         for what, mine, other in zip(
-            ("images", "targets"), ours_mixed, torch_transfer.mixup(images, theirs, share), strict=True
+            ("images", "targets"), ours_mixed, torch_train.mixup(images, theirs, share), strict=True
         ):
             yield Pair("mixup", f"{what}, {drawn}", mine, _like_ours(other), "stage")
         box = mixing.cutmix_box(jnp.asarray(share, dtype), jnp.asarray(centre, dtype), *images.shape[2:])
         ours_cut = mixing.cutmix(ours.images, plain, box)
-        their_cut = torch_transfer.cutmix(images, theirs, share, centre)
+        their_cut = torch_train.cutmix(images, theirs, share, centre)
         yield Pair("cutmix", f"images, {drawn}", ours_cut[0], _like_ours(their_cut[0]), "exact")
         yield Pair("cutmix", f"targets, {drawn}", ours_cut[1], their_cut[1], "stage")
 
@@ -123,19 +120,19 @@ def _like_ours(values: torch.Tensor) -> torch.Tensor:
 
 
 def drop_path(ours: Ours, reference: Reference) -> Pairs:
-    """What branches are multiplied by, and that its expectation is 1; the uniforms that the step draws."""
+    """Compare what drop path multiplies branches by, and its expectation with 1."""
     depth, count, rate = 4, 4000, 0.3
     grid = np.broadcast_to(((np.arange(count) + 0.5) / count)[:, None, None], (count, depth, 2))
     grid = grid.astype(reference.precision)
     factors = layers.drop_path(jnp.asarray(grid), rate)
-    theirs = torch_transfer.survival(torch.from_numpy(grid.copy()), rate)
+    theirs = torch_train.survival(torch.from_numpy(grid.copy()), rate)
     yield Pair("drop path", "factors", factors, theirs, "stage")
     expectation = np.asarray(factors).mean(axis=0, dtype=np.float64).astype(reference.precision)
     yield Pair("drop path", "expectation", expectation, np.ones((depth, 2)), "stage")
 
 
 def classifier(ours: Ours, reference: Reference) -> Pairs:
-    """Logits, loss and every gradient of the classifier, with drop path, on mixed images and targets."""
+    """Compare logits, loss and every gradient of the classifier, with drop path, on mixed images and targets."""
     for pooling in ("mean", "class"):
         if pooling == "class" and not reference.config.class_token:
             continue
@@ -144,7 +141,7 @@ def classifier(ours: Ours, reference: Reference) -> Pairs:
         model = transfer.torch_model()
         images, goal, survival = transfer.torch_inputs(0)
         logits = model(images, survival)
-        loss = torch_transfer.soft_cross_entropy(logits, goal)
+        loss = torch_train.soft_cross_entropy(logits, goal)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
@@ -164,13 +161,13 @@ def classifier(ours: Ours, reference: Reference) -> Pairs:
 
 
 def layer_decay(ours: Ours, reference: Reference) -> Pairs:
-    """The share of the learning rate that each parameter gets, and which decay."""
+    """Compare the share of the learning rate that each parameter gets, and which decay."""
     transfer = Transfer(ours, reference)
     model = transfer.torch_model()
     rates = optimizers.layer_rates(transfer.params, transfer.config.model.encoder.depth, transfer.config.layer_decay)
     decays = optimizers.kernel_mask(transfer.params)
-    theirs = torch_transfer.layer_rates(model, transfer.config.layer_decay)
-    groups = torch_transfer.adamw(model, transfer.config).param_groups
+    theirs = torch_train.layer_rates(model, transfer.config.layer_decay)
+    groups = torch_train.finetuning_adamw(model, transfer.config).param_groups
     their_decays = {id(group["params"][0]): group["weight_decay"] > 0 for group in groups}
     parameters = dict(model.named_parameters())
     table = list(entries(transfer.classifier))
@@ -182,45 +179,37 @@ def layer_decay(ours: Ours, reference: Reference) -> Pairs:
 
 
 def at(tree: Params, path: tuple[str, ...]) -> Any:
-    """The leaf at a path."""
+    """Return the leaf at a path."""
     for name in path:
         tree = tree[name]
     return tree
 
 
 def finetuning(ours: Ours, reference: Reference) -> Pairs:
-    """Steps of fine-tuning with layer decay, drop path and mixing: losses, and in float64 the weights at the end."""
+    """Compare fine-tuning with layer decay, drop path and mixing: losses, and in float64 the weights at the end."""
     transfer = Transfer(ours, reference)
     metrics, final = transfer.run(transfer.params)
     model = transfer.torch_model()
-    optimizer, losses = torch_transfer.adamw(model, transfer.config), []
+    optimizer, losses = torch_train.finetuning_adamw(model, transfer.config), []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * group["share"]
         images, goal, survival = transfer.torch_inputs(step)
         optimizer.zero_grad()
-        loss = torch_transfer.soft_cross_entropy(model(images, survival), goal)
+        loss = torch_train.soft_cross_entropy(model(images, survival), goal)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     yield Pair("fine-tuning", "losses", np.array([m.loss for m in metrics]), np.array(losses), "training")
     if reference.precision == "float64":
-        theirs = torch_transfer.as_numpy(model)
+        theirs = torch_train.as_numpy(model)
         for name, values in to_fair(final, transfer.classifier).items():
             mine, other = (without_key_bias(name, weights) for weights in (values, theirs[name]))
             yield Pair("fine-tuning", name, mine, other, "training")
 
 
-def without_key_bias(name: str, values: np.ndarray) -> np.ndarray:
-    """The key bias's gradient is zero in exact arithmetic; Adam makes whole steps of its noise. So it is left out."""
-    if not name.endswith("qkv.bias"):
-        return values
-    query, _, value = np.split(np.asarray(values), 3)
-    return np.concatenate([query, value])
-
-
 def probing(ours: Ours, reference: Reference) -> Pairs:
-    """Steps of linear probing: LARS, BatchNorm and its running statistics, on devices."""
+    """Compare linear probing: LARS, BatchNorm and its running statistics, on devices."""
     optim = OptimConfig(
         optimizer="lars",
         base_lr=100 * RATE * 256 / reference.run_config.batch_size,
@@ -236,15 +225,15 @@ def probing(ours: Ours, reference: Reference) -> Pairs:
     statistics = {"mean": jnp.zeros(width, dtype), "variance": jnp.ones(width, dtype)}
     metrics, final = transfer.run(transfer.params | {"statistics": statistics})
 
-    encoder, probe = transfer.torch_model(), torch_transfer.Probe(width, CLASSES).to(getattr(torch, dtype))
+    encoder, probe = transfer.torch_model(), torch_train.Probe(width, CLASSES).to(getattr(torch, dtype))
     probe.head.load_state_dict(encoder.head.state_dict())
-    lars, losses = torch_transfer.Lars(probe.head, optim.momentum, optim.trust, optim.weight_decay), []
+    lars, losses = torch_train.Lars(probe.head, optim.momentum, optim.trust, optim.weight_decay), []
     for step in range(STEPS):
         images, goal, _ = transfer.torch_inputs(step)
         with torch.no_grad():
             features = encoder.pool(images)
         probe.zero_grad()
-        loss = torch_transfer.soft_cross_entropy(probe(features), goal)
+        loss = torch_train.soft_cross_entropy(probe(features), goal)
         loss.backward()
         lars.step(100 * RATE)
         losses.append(loss.item())
@@ -260,12 +249,10 @@ def probing(ours: Ours, reference: Reference) -> Pairs:
             yield Pair(f"{stage}: frozen encoder", name, values, transfer.weights[name], "exact")
     probe.eval()
     images = transfer.torch_inputs(0)[0]
-    folded = classification.folded(jax.tree.map(jnp.asarray, final))
+    folded = classification.fold_batch_norm(jax.tree.map(jnp.asarray, final))
     logits = classification.Classifier(transfer.classifier).apply({"params": folded}, transfer.inputs[0].images)
     with torch.no_grad():
         yield Pair(stage, "BatchNorm put into the head", logits, probe(encoder.pool(images)), "training")
 
 
-TRANSFER: dict[str, Callable[[Ours, Reference], Pairs]] = {
-    stage.__name__: stage for stage in (targets, drop_path, layer_decay, classifier, probing, finetuning)
-}
+TRANSFER = (targets, drop_path, layer_decay, classifier, probing, finetuning)

@@ -13,7 +13,6 @@ Crops on the device cost the host nothing but the whole image; what they cost th
 
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import sys
@@ -31,9 +30,8 @@ import tyro
 from PIL import Image
 
 from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig
-from mae_jax.data.images.pictures import Decoded, Picture
-from mae_jax.data.images.transforms import crop_box, flips
-from mae_jax.data.loader import prepare_decoder
+from mae_jax.data.images.box import choose_box, flips
+from mae_jax.data.images.decode import Decoded, Picture, prepare_decoder
 from mae_jax.data.prepare import Plan, prepare
 from mae_jax.data.sources.source import Source, open_source
 from mae_jax.data.stream import training_batches
@@ -145,7 +143,7 @@ class Tiled:
 
 
 class Labelled(Tiled):
-    """Tells the index of each image by its label, and nothing else."""
+    """Gives the index of each image as its label, and nothing else."""
 
     def __init__(self, tiled: Tiled) -> None:
         super().__init__(tiled)
@@ -195,7 +193,7 @@ def torchvision_views(folder: Path) -> Callable[[], list[np.ndarray]]:
             crop, flip = (host_generator(0, stream, position) for stream in ("crop", "flip"))
             with open(name, "rb") as file:
                 image = Image.open(file).convert("RGB")
-            left, top, right, bottom = crop_box((image.height, image.width), CONFIG.augment, (224, 224), crop)
+            left, top, right, bottom = choose_box((image.height, image.width), CONFIG.augment, (224, 224), crop)
             view = F.resized_crop(image, top, left, bottom - top, right - left, [224, 224], InterpolationMode.BICUBIC)
             view = F.hflip(view) if flips(CONFIG.augment, flip) else view
             views.append(F.pil_to_tensor(view).numpy())
@@ -320,9 +318,14 @@ def memory(workers: int) -> list[float]:
         with training_batches(source, config, stop_step=200) as batches:
             for step, _ in enumerate(batches, 1):
                 if step % 10 == 0:
-                    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-                    found.append(sum(resident(pid) for pid in pids if pid is not None))
+                    found.append(sum(resident(pid) for pid in (os.getpid(), *children())))
         return found
+
+
+def children() -> list[int]:
+    """The processes that this one's threads have started."""
+    lists = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for found in lists for pid in found.read_text().split()]
 
 
 def resident(pid: int) -> float:

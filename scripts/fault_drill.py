@@ -1,12 +1,13 @@
 """Break a short run in every way that a machine knows, start it again, and see that nothing is lost.
 
     python scripts/fault_drill.py                       # 50 faults
-    python scripts/fault_drill.py --count 6 --seed 3    # one of each kind
+    python scripts/fault_drill.py --count 12 --seed 3   # one of each kind
 
 A trial is a run of the bundled digits in a folder of its own, one fault at a random step, and the same command again to
 the end. It has survived if its final state equals, bit for bit, that of a run never stopped, if every step stands once
 in metrics.jsonl with that run's numbers, and if the fault was met as it should be: with the right exit code, and where
-the program could speak, a sentence and no traceback. Exits with 1 if a trial has not survived.
+the program could speak, a sentence and no traceback, after which it is gone at once. Faults of disks happen on disks of
+their own, which are mounted where that is allowed; else they are skipped. Exits with 1 if a trial has not survived.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,24 +88,39 @@ class Trial:
                 raise TimeoutError(f"step {self.step} did not come within {PATIENCE} s")
             time.sleep(0.0005)
 
-    def end(self, code: int, says: str = "") -> None:
+    def end(self, code: int, words: str = "", clean: bool = True) -> None:
         """Wait for the end of the run, which must be as expected.
+
+        clean: no traceback is to be seen. In the middle of a save, TensorStore prints one for each array.
 
         Raises:
           Missed: the run ended as if nothing had happened.
           AssertionError: it ended in another way.
         """
         assert self.process is not None
-        out, err = self.process.communicate(timeout=PATIENCE)
-        found = self.process.returncode
+        watchdog = threading.Timer(PATIENCE, self.process.kill)
+        watchdog.start()
+        err, failed = "", None
+        for line in self.process.stderr:
+            err += line
+            failed = time.monotonic() if line.startswith("mae-jax: ") else failed
+        out = self.process.stdout.read()
+        found = self.process.wait()
+        watchdog.cancel()
         if found == 0 != code:
             raise Missed
-        if found != code or says not in out + err or "Traceback" in err:
-            raise AssertionError(f"exit code {found} for {code}, and said: {(out + err)[-2000:]}")
+        if found != code or words not in out + err or (clean and "Traceback" in err):
+            raise AssertionError(f"exit code {found} for {code}, and printed: {(out + err)[-2000:]}")
+        if failed is not None and time.monotonic() - failed > 10:
+            raise AssertionError(f"{time.monotonic() - failed:.1f} s went by between its last words and its end")
 
 
 class Missed(Exception):
     """The run was over before the fault could happen: no trial."""
+
+
+class Skipped(Exception):
+    """The fault cannot be made on this machine, for the reason given."""
 
 
 def terminated(trial: Trial) -> None:
@@ -145,39 +162,142 @@ def cut_short(trial: Trial) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
+def power_cut(trial: Trial) -> None:
+    """SIGKILL, and of a young checkpoint there are names without contents, of the rows one that is cut short."""
+    trial.start()
+    trial.at_step()
+    trial.process.kill()
+    trial.end(-signal.SIGKILL)
+    newest = max((p for p in (trial.workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    for file in newest.rglob("*"):
+        if file.is_file():
+            os.truncate(file, 0)
+    with (trial.workdir / "metrics.jsonl").open("ab") as rows:
+        rows.write(bytes(100))
+
+
+def second_process(trial: Trial) -> None:
+    """A second process in the same folder is refused, also where the first is stopped; that goes on to its end."""
+    trial.start()
+    trial.at_step()
+    trial.process.send_signal(signal.SIGSTOP)
+    other = Trial(trial.workdir, trial.step)
+    other.start()
+    other.end(1, f"is in use by process {trial.process.pid} on ")
+    trial.process.send_signal(signal.SIGCONT)
+    trial.end(0)
+
+
 def full_disk(trial: Trial) -> None:
-    """No space left for a while: on a disk of its own where one may be mounted, else no file of the run may grow."""
-    with small_disk(trial.workdir) as mounted:
+    """No space left for a while: where no disk may be mounted, no file of the run may grow."""
+    try:
+        with disk(trial.workdir, "tmpfs", "size=64m"):
+            trial.start()
+            trial.at_step()
+            with full(trial.workdir):
+                trial.end(1, "cannot be written")
+    except Skipped:
         trial.start()
         trial.at_step()
-        filler = trial.workdir / "filler"
-        if mounted:
-            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-                while file.write(bytes(2**16)):
-                    pass
-        else:
-            hard = resource.prlimit(trial.process.pid, resource.RLIMIT_FSIZE)[1]
-            resource.prlimit(trial.process.pid, resource.RLIMIT_FSIZE, (0, hard))
+        hard = resource.prlimit(trial.process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(trial.process.pid, resource.RLIMIT_FSIZE, (0, hard))
         trial.end(1, "cannot be written")
-        filler.unlink(missing_ok=True)
+
+
+def full_ext4(trial: Trial) -> None:
+    """The same on ext4."""
+    with disk(trial.workdir, "ext4"):
+        trial.start()
+        trial.at_step()
+        with full(trial.workdir):
+            trial.end(1, "cannot be written")
+
+
+def full_in_a_save(trial: Trial) -> None:
+    """No space left while a checkpoint is being written."""
+    with disk(trial.workdir, "tmpfs", "size=64m"):
+        trial.start()
+        trial.at_step()
+        folder = trial.workdir / "checkpoints"
+        filler = trial.workdir / "filler"
+        filler.write_bytes(bytes(8 * 2**20))
+        trial.wait_for(lambda: any("tmp" in name for name in os.listdir(folder)))
+        with full(trial.workdir):
+            trial.end(1, "cannot be written", clean=False)
+        filler.unlink()
+
+
+def no_inodes(trial: Trial) -> None:
+    """No file can be made for a while."""
+    with disk(trial.workdir, "ext4"):
+        trial.start()
+        trial.at_step()
+        crowd = trial.workdir / "crowd"
+        crowd.mkdir()
+        with contextlib.suppress(OSError):
+            for number in range(10**6):
+                (crowd / str(number)).touch()
+        trial.end(1, "cannot be written")
+        shutil.rmtree(crowd)
+
+
+def mounted_read_only(trial: Trial) -> None:
+    """The disk goes read-only underneath, as the kernel does with one that fails."""
+    with disk(trial.workdir, "ext4"):
+        trial.start()
+        trial.at_step()
+        # Busy while files are open for writing, unless forced: as for an error.
+        mount = ["mount", "-o", "remount,ro", str(trial.workdir)]
+        abort = ["mount", "-o", "remount,abort", str(trial.workdir)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            subprocess.run(abort, check=True, capture_output=True)
+        trial.end(1, "cannot be written", clean=False)
 
 
 @contextlib.contextmanager
-def small_disk(workdir: Path) -> Iterator[bool]:
-    """A folder on 64 MB of memory, whose content is kept; False where mounting is not allowed."""
+def full(folder: Path) -> Iterator[None]:
+    """Fill the disk under a folder until the `with` ends."""
+    filler = folder / "fills-the-disk"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(2**16)):
+            pass
+    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+        while file.write(b"0"):
+            pass
+    yield
+    filler.unlink()
+
+
+@contextlib.contextmanager
+def disk(workdir: Path, kind: str, *options: str) -> Iterator[None]:
+    """Mount a disk of 64 MB for the run's folder, whose content is kept.
+
+    Raises:
+      Skipped: mounting is not allowed here.
+    """
     workdir.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(workdir)]
-    mounted = subprocess.run(command, capture_output=True).returncode == 0
+    image, kept = Path(f"{workdir}.image"), Path(f"{workdir}.kept")
+    device = "none"
+    if kind == "ext4":
+        with image.open("wb") as file:
+            file.truncate(64 * 2**20)
+        if shutil.which("mkfs.ext4") is None:
+            raise Skipped("there is no mkfs.ext4")
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-N", "512", str(image)], check=True)
+        device, options = str(image), (*options, "loop")
+    command = ["mount", "-t", kind, "-o", ",".join(options), device, str(workdir)]
+    if subprocess.run(command, capture_output=True).returncode:
+        workdir.rmdir()
+        raise Skipped(f"no {kind} may be mounted")
     try:
-        yield mounted
-        if mounted:
-            shutil.copytree(workdir, f"{workdir}.kept")
+        yield
+        shutil.copytree(workdir, kept, ignore=shutil.ignore_patterns("lost+found"))
     finally:
-        if mounted:
-            subprocess.run(["umount", "--lazy", str(workdir)], check=True)
-            if Path(f"{workdir}.kept").exists():
-                workdir.rmdir()
-                Path(f"{workdir}.kept").rename(workdir)
+        subprocess.run(["umount", "--lazy", str(workdir)], check=True)
+        image.unlink(missing_ok=True)
+        if kept.exists():
+            workdir.rmdir()
+            kept.rename(workdir)
 
 
 def read_only(trial: Trial) -> None:
@@ -194,7 +314,10 @@ def read_only(trial: Trial) -> None:
             folder.chmod(0o755)
 
 
-FAULTS = [terminated, killed, killed_in_a_save, full_disk, cut_short, read_only]
+FAULTS = [
+    *(terminated, killed, killed_in_a_save, cut_short, power_cut, second_process, full_disk, full_ext4),
+    *(full_in_a_save, no_inodes, mounted_read_only, read_only),
+]
 
 
 def outcome(workdir: Path) -> tuple[dict[int, tuple[float, float]], dict[str, int], list[bytes]]:
@@ -217,7 +340,7 @@ def outcome(workdir: Path) -> tuple[dict[int, tuple[float, float]], dict[str, in
         raise AssertionError(f"the last checkpoint is of step {step}, not {STEPS}")
     numbers = {row["step"]: (row["loss"], row["grad_norm"]) for row in rows}
     arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
-    return numbers, read_record(find_checkpoint(workdir))[1], arrays
+    return numbers, read_record(find_checkpoint(workdir)).fingerprint, arrays
 
 
 def survive(trial: Trial, fault: Callable[[Trial], None], expected: tuple) -> None:
@@ -239,6 +362,7 @@ def main() -> int:
     """Print a line for each trial, then survived / tried."""
     arguments = tyro.cli(Arguments)
     began, draw, survived, tried = time.monotonic(), random.Random(arguments.seed), 0, 0
+    faults = list(FAULTS)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{scratch}/compiled"
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -247,23 +371,27 @@ def main() -> int:
         whole.end(0)
         expected = outcome(whole.workdir)
         while tried < arguments.count and time.monotonic() - began < 60 * arguments.minutes:
-            fault = FAULTS[tried % len(FAULTS)]
+            fault = faults[tried % len(faults)]
             # From where there are two checkpoints, so that there is one to go back to.
             trial = Trial(Path(scratch, f"{tried}"), draw.randint(3 * SAVE_EVERY, STEPS - SAVE_EVERY))
             try:
                 survive(trial, fault, expected)
-                told = "survived"
+                result = "survived"
                 survived += 1
             except Missed:
-                told = "came too late, once more"
+                result = "came too late, once more"
+                tried -= 1
+            except Skipped as reason:
+                result = f"skipped: {reason}"
+                faults.remove(fault)
                 tried -= 1
             except (AssertionError, TimeoutError, subprocess.TimeoutExpired) as error:
-                told = f"LOST: {error}"
+                result = f"LOST: {error}"
             finally:
                 if trial.process is not None and trial.process.poll() is None:
                     trial.process.kill()
             tried += 1
-            print(f"{tried:3} {fault.__name__:16} at step {trial.step:3}: {told}", flush=True)
+            print(f"{tried:3} {fault.__name__:17} at step {trial.step:3}: {result}", flush=True)
             shutil.rmtree(trial.workdir, ignore_errors=True)
     print(f"survived {survived} / tried {tried}")
     return int(survived < tried)

@@ -1,7 +1,15 @@
 """Processes that tests start, and see end."""
 
+import socket
 import time
 from pathlib import Path
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, as yet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def dies(pid: int) -> bool:
@@ -15,3 +23,9 @@ def dies(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, from whichever of its threads, and that it has not waited for."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for found in lists for child in found.read_text().split())

@@ -1,5 +1,7 @@
 """A configuration is valid once it exists; one that cannot work is refused with the fields' names and values."""
 
+import copy
+import dataclasses
 import math
 from contextlib import suppress
 
@@ -13,6 +15,7 @@ from mae_jax.config import (
     AugmentConfig,
     ClassifierConfig,
     FinetuneConfig,
+    HostConfig,
     MixConfig,
     ModelConfig,
     OptimConfig,
@@ -20,6 +23,7 @@ from mae_jax.config import (
     TransformerConfig,
 )
 from mae_jax.presets.pretraining import PRESETS
+from mae_jax.storage.workdir import config_to_dict, differences
 
 NARROW = TransformerConfig(width=8, depth=1, heads=2)
 ONE_CHANNEL = ModelConfig(image_size=8, patch_size=2, in_channels=1, encoder=NARROW, decoder=NARROW)
@@ -254,7 +258,7 @@ def test_a_preset_builds_and_has_a_work_directory_of_its_own(name):
 
 
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "words"),
     [
         (lambda: OptimConfig(base_lr=math.inf), "base_lr inf must be positive and finite"),
         (lambda: OptimConfig(warmup_epochs=math.inf), "warmup_epochs inf must be finite"),
@@ -270,6 +274,43 @@ def test_a_preset_builds_and_has_a_work_directory_of_its_own(name):
         (lambda: PretrainConfig(workdir=""), 'workdir "" is empty: name the folder'),
     ],
 )
-def test_nonsense_is_refused_by_name(build, said):
-    with pytest.raises(ValueError, match=said):
+def test_nonsense_is_refused_by_name(build, words):
+    with pytest.raises(ValueError, match=words):
         build()
+
+
+OPERATION = {
+    "coordinator", "process_id", "workers",
+    "workdir", "engine", "devices", "fsdp", "num_processes", "log_every", "save_every", "keep", "keep_every",
+}  # fmt: skip
+MAY_DIFFER = {PretrainConfig: OPERATION | {"reconstruct_every"}, FinetuneConfig: OPERATION}
+
+
+@pytest.mark.parametrize("kind", MAY_DIFFER)
+def test_what_may_differ_when_a_run_continues(kind):
+    """Fields of operation, and those alone; a host may have the first three for itself."""
+    assert {field.name for field in dataclasses.fields(kind.operation)} == MAY_DIFFER[kind]
+    assert {field.name for field in dataclasses.fields(HostConfig)} == {"coordinator", "process_id", "workers"}
+
+
+def changed_once(config):
+    """Every field, nested ones included, and a copy in which it alone has another value, which nothing checks."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inner = changed_once(value) if dataclasses.is_dataclass(value) else [("", "another")]
+        for name, other in inner:
+            changed = copy.copy(config)
+            object.__setattr__(changed, field.name, other)
+            yield f"{field.name}.{name}".removesuffix("."), changed
+
+
+@pytest.mark.parametrize("kind", MAY_DIFFER)
+def test_every_other_field_is_compared(kind):
+    for name, changed in changed_once(kind()):
+        found = [key for key, _, _ in differences(kind(), changed)]
+        assert found == ([] if name in MAY_DIFFER[kind] else [name])
+
+
+@pytest.mark.parametrize("kind", MAY_DIFFER)
+def test_the_file_of_a_run_has_its_kind(kind):
+    assert config_to_dict(kind())["kind"] == kind.kind

@@ -12,15 +12,15 @@ torch = pytest.importorskip("torch")
 
 from mae_jax.config import MODELS, ModelConfig, TransformerConfig
 from parity import __main__ as command
-from parity import compare, tolerances
+from parity import compare
 from parity.compare import Pair
+from parity.inputs import Reference
 from parity.models import SMALL, TARGETS
-from parity.reference import Reference
 from parity.stages import STAGES, run
 from parity.transfer import TRANSFER
 from tests.quick import as_users_compile
 
-PRETRAINING = [stage for stage in STAGES if stage not in TRANSFER]
+PRETRAINING = [name for name, stage in STAGES.items() if stage not in TRANSFER]
 
 ENCODER, DECODER = TransformerConfig(32, 2, 2), TransformerConfig(24, 1, 3)
 VARIANTS = {
@@ -65,7 +65,7 @@ def test_every_choice_agrees(name):
     assert {"latent", "loss", "gradient decoder_pred", "parameter groups"} <= {result.stage for result in results}
 
 
-def test_a_run_leaves_no_setting_behind():
+def test_a_run_leaves_jax_as_it_was():
     before = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
     for _ in run(Reference(SMALL["tiny"], "float64"), ["patchify"]):
         assert (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision) == before
@@ -112,7 +112,7 @@ def test_command_reports_agreement(tmp_path):
 
 
 def test_command_names_the_first_departure(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(tolerances.BOUNDS, "forward", tolerances.Bound(-1.0, -1.0, "nothing passes"))
+    monkeypatch.setitem(compare.BOUNDS, "forward", compare.Bound(-1.0, -1.0, "nothing passes"))
     stages = ["patchify", "latent", "loss"]
     monkeypatch.setattr(sys, "argv", ["parity", "--dtype", "float64", "--report", str(tmp_path), "--stages", *stages])
     assert command.main() == 1

@@ -10,9 +10,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import NoReturn
 
+from mae_jax.cli.signals import end_by_exception
 from mae_jax.errors import StatedError
 
 Command = Callable[[Sequence[str], str], int]  # flags and the program's name to an exit code
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a stated failure, 2 wrong usage, 128 + number where a signal stopped it."""
     _open_standard_streams()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _exit)
+        end_by_exception()
     words = list(sys.argv[1:] if argv is None else argv)
     command = _parser(words).parse_args(words[:1]).command
     try:
@@ -94,11 +94,6 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     return parser
-
-
-def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    """Raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that what is half done is undone."""
-    sys.exit(128 + number)
 
 
 def _drop_output() -> None:

@@ -20,6 +20,7 @@ def features(
     block: int | None = None,
     encoder_heads: int | None = None,
     batch_size: int = 256,
+    workers: int | None = None,
 ) -> int:
     """Write an encoder's features of all images of a source: mae-jax features SOURCE DATA --out x.npz.
 
@@ -34,6 +35,7 @@ def features(
       block: As they leave this block, counted from 0 or back from -1; by default after the last LayerNorm.
       encoder_heads: Attention heads, where a PyTorch checkpoint does not tell them.
       batch_size: Images at a time, spread over the devices of this host.
+      workers: Processes that read images; by default threads of this one.
     """
     prepare_jax_for(source)
     from mae_jax.data.sources.source import absolute, open_source
@@ -43,13 +45,24 @@ def features(
     if batch_size < 1:
         print(f"mae-jax features: batch_size {batch_size} must be positive", file=sys.stderr)
         return 2
+    if workers is not None and workers < 0:
+        print(f"mae-jax features: workers {workers} must not be negative", file=sys.stderr)
+        return 2
     check_writable(out)
     read = load_pretrained(source, encoder_heads)
     check_features(read.params, read.model, pooling, block)
     images = open_source(data, read.model.in_channels, split)
-    with progress(len(images)) as tell:
+    with progress(len(images)) as report:
         found = source_features(
-            read.params, images, read.model, read.augment, pooling, batch_size, block=block, tell=tell
+            read.params,
+            images,
+            read.model,
+            read.augment,
+            pooling,
+            batch_size,
+            block=block,
+            workers=workers,
+            report=report,
         )
     broken = set(found.broken.tolist())
     names = tuple(images.name(index) for index in range(len(images)) if index not in broken)

@@ -36,14 +36,16 @@ def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], Fi
     flags = read_flags(args, prog, FinetuneFlags, presets, _adopt)
     config = plain(flags, FinetuneConfig)
     process.settle(config.model, config.batch_size // config.accumulate)
-    prepare_jax(config.model.dtype)
+    prepare_jax(config.model.dtype, hosts_may_join=True)
+    from mae_jax.cli.signals import stop_on_signals
     from mae_jax.hosts import joined
     from mae_jax.runs.finetune import EVALUATED, evaluate, finetune
 
     process.keep_programs()
     with joined(config) as hosts:
         if not flags.eval_only:
-            finished = finetune(config, hosts)
+            with stop_on_signals(hosts.count > 1) as stop:
+                finished = finetune(config, hosts, stop)
             return end_run(finished, args, prog)
         outcomes = evaluate(config, hosts)
         top1, top5 = outcomes.top(1)[0], outcomes.top(5)[0]

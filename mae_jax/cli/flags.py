@@ -101,12 +101,16 @@ def prepare_jax_for(source: str) -> None:
     prepare_jax(precision(Path(source)) if is_run(source) else "float32")
 
 
-def prepare_jax(dtype: str) -> None:
+def prepare_jax(dtype: str, hosts_may_join: bool = False) -> None:
     """Settings that JAX takes before its first array."""
     import jax
 
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    if not hosts_may_join:  # which must come before JAX looks for devices
+        from mae_jax.hosts import check_platform
+
+        check_platform()
 
 
 @contextmanager

@@ -27,8 +27,9 @@ def inspect(
       samples: Images on it.
       channels: 3 for colour, 1 for grey.
       split: Of the source.
-      workers: Processes; by default one a core.
+      workers: Processes; by default one a core, 0: threads of this one.
     """
+    from mae_jax.data.images.decode import prepare_decoder
     from mae_jax.data.inspect import inspect_source, write_sheet
     from mae_jax.data.loader import default_readers
     from mae_jax.data.sources.source import open_source
@@ -41,10 +42,11 @@ def inspect(
         print(f"mae-jax inspect: samples {samples} must not be negative", file=sys.stderr)
         return 2
     check_picture(sheet, "sheet")
+    prepare_decoder()
     images = open_source(data, channels, split)
     processes = default_readers(images.in_memory) if workers is None else workers
-    with progress(len(images)) as tell:
-        report = inspect_source(images, data, processes, samples, tell)
+    with progress(len(images)) as done:
+        report = inspect_source(images, data, processes, samples, done)
     print(report)
     write_sheet(report.tiles, sheet)
     print(f"wrote {sheet}")

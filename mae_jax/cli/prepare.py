@@ -32,8 +32,9 @@ def prepare(
       channels: 3 for colour, 1 for grey.
       split: Of the source.
       shard_images: Images in a file.
-      workers: Processes; by default one a core.
+      workers: Processes; by default one a core, 0: threads of this one.
     """
+    from mae_jax.data.images.decode import prepare_decoder
     from mae_jax.data.loader import default_readers
     from mae_jax.data.prepare import Plan
     from mae_jax.data.prepare import prepare as write
@@ -42,6 +43,7 @@ def prepare(
     if workers is not None and workers < 0:
         print(f"mae-jax prepare: workers {workers} must not be negative", file=sys.stderr)
         return 2
+    prepare_decoder()
     images = open_source(source, channels, split)
     try:
         plan = Plan(source, split, len(images), encoding, size, quality, channels, shard_images)
@@ -49,8 +51,8 @@ def prepare(
         print(f"mae-jax prepare: {error}", file=sys.stderr)
         return 2
     processes = default_readers(images.in_memory) if workers is None else workers
-    with progress(len(images)) as tell:
-        done = write(images, plan, destination, processes, tell)
+    with progress(len(images)) as report:
+        done = write(images, plan, destination, processes, report)
     for line in done.broken[:20]:
         print(f"left out: {line}")
     print(

@@ -1,4 +1,4 @@
-"""What the fields of several configurations must be; a refusal names the field and its value."""
+"""Checks that several configurations share; a refusal names the field and its value."""
 
 import math
 
@@ -12,7 +12,7 @@ def require_positive(owner: object, *names: str) -> None:
 
 
 def require_whole(owner: object, *names: str) -> None:
-    """Raise ValueError unless these fields are whole numbers, 1 or more; True is none."""
+    """Raise ValueError unless these fields are whole numbers, 1 or more; True does not count as one."""
     for name in names:
         value = getattr(owner, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -15,11 +15,12 @@ Pooling = Literal["mean", "class"]  # mean of the patches, then a LayerNorm; or 
 
 
 def wide(dtype: Dtype) -> Dtype:
-    """The dtype of everything but matrix products: parameters, residual stream, LayerNorm, softmax, loss."""
+    """Return the dtype of everything but matrix products: parameters, residual stream, LayerNorm, softmax, loss."""
     return "float64" if dtype == "float64" else "float32"
 
 
 def _height_width(size: Size) -> tuple[int, int]:
+    """Return height and width of what may be given as one side."""
     if isinstance(size, int):
         return size, size
     if len(size) != 2:
@@ -149,43 +150,43 @@ class ModelConfig:
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Image height and width in pixels."""
+        """Return image height and width in pixels."""
         return _height_width(self.image_size)
 
     @property
     def patch_hw(self) -> tuple[int, int]:
-        """Patch height and width in pixels."""
+        """Return patch height and width in pixels."""
         return _height_width(self.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Return rows and columns of patches."""
         (height, width), (patch_height, patch_width) = self.image_hw, self.patch_hw
         return height // patch_height, width // patch_width
 
     @property
     def grid_stride(self) -> int:
-        """s, where masking `grid` keeps one patch of every s x s."""
+        """Return s, where masking `grid` keeps one patch of every s x s."""
         return round((self.num_patches / self.keep) ** 0.5)
 
     @property
     def num_patches(self) -> int:
-        """L."""
+        """Return L, the number of patches."""
         return self.grid[0] * self.grid[1]
 
     @property
     def patch_dim(self) -> int:
-        """P: values in one patch, all channels."""
+        """Return P, the number of values in one patch, all channels."""
         return self.patch_hw[0] * self.patch_hw[1] * self.in_channels
 
     @property
     def target_dim(self) -> int:
-        """Values that the decoder predicts of a patch."""
+        """Return how many values of a patch the decoder predicts."""
         return self.pca_components or self.patch_dim
 
     @property
     def keep(self) -> int:
-        """Patches that stay visible: int(L * (1 - ratio)) in float64, as the authors count."""
+        """Return how many patches stay visible: int(L * (1 - ratio)) in float64, as the authors count."""
         return int(self.num_patches * (1 - self.mask_ratio))
 
 

@@ -1,4 +1,4 @@
-"""Whole runs: a model, what it is fed with, how it is trained, for how long, and where."""
+"""Whole runs: a model, its data, how it is trained, for how long, and where."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from mae_jax.config.training import AugmentConfig, MixConfig, OptimConfig
 
 @dataclass(frozen=True, kw_only=True)
 class HostConfig:
-    """What one process is given for itself: the hosts of one run may differ in it."""
+    """The fields that the hosts of one run may each have for themselves."""
 
     coordinator: str | None = None  # HOST:PORT of host 0, where several hosts run together
     process_id: int | None = None  # which of them this one is, 0 .. num_processes - 1
@@ -20,13 +20,13 @@ class HostConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OperationConfig(HostConfig):
-    """Where and how fast a run goes, not what it computes: it may differ when a run continues."""
+    """The fields of where and how fast a run goes, not of what it computes: they may differ when it continues."""
 
     workdir: str = "runs/run"
     engine: Literal["pmap", "jit", "fsdp"] = "pmap"  # pmap: one host; fsdp: the state is cut over devices
     devices: int | None = None  # the first so many devices of each host; all by default
     fsdp: int | None = None  # devices that engine fsdp cuts one copy of the state over; by default all
-    num_processes: int | None = None  # how many hosts run together
+    num_processes: int | None = None  # how many hosts run together; 1: alone, whatever a launcher says
     log_every: int = 50  # steps
     save_every: int = 1000  # steps
     keep: int = 3  # newest checkpoints
@@ -35,7 +35,7 @@ class OperationConfig(HostConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOperation(OperationConfig):
-    """The same of a pretraining run."""
+    """The fields of operation of a pretraining run."""
 
     workdir: str = "runs/pretrain"
     reconstruct_every: int | None = 1000  # steps: a picture of reconstructions into the event file
@@ -43,9 +43,9 @@ class PretrainOperation(OperationConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(OperationConfig):
-    """What every training run is given: what is trained, on what, for how long.
+    """The fields of every training run: what is trained, on what, for how long.
 
-    All fields but those of its `operation` decide what is computed, and must stay when a run continues.
+    All but those of its `operation` decide what is computed, and must stay the same when a run continues.
     """
 
     operation: ClassVar[type[OperationConfig]] = OperationConfig
@@ -100,16 +100,17 @@ class RunConfig(OperationConfig):
 
     @property
     def canvas(self) -> int:
-        """Side of the square that an image is squeezed into where the device cuts the crops."""
+        """Return the side of the square that an image is squeezed into where the device cuts the crops."""
         return self.canvas_size or round(max(self.model.image_hw) * 8 / 7)
 
     def _check_hosts(self) -> None:
+        """Refuse one of coordinator, process_id and num_processes without the others, or values that do not fit."""
         given = {name: getattr(self, name) for name in ("coordinator", "process_id", "num_processes")}
         missing = [name for name, value in given.items() if value is None]
-        if 0 < len(missing) < len(given):
+        if 0 < len(missing) < len(given) and self.num_processes != 1:
             there = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
             raise ValueError(f"{there} needs {' and '.join(missing)} too")
-        if missing:
+        if missing or self.num_processes == 1:
             return
         if not 0 <= given["process_id"] < given["num_processes"]:
             raise ValueError(f"process_id {self.process_id} is outside 0 .. num_processes {self.num_processes} - 1")
@@ -120,7 +121,7 @@ class RunConfig(OperationConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig, PretrainOperation):
-    """One pretraining run, whole."""
+    """One pretraining run."""
 
     kind: ClassVar[Literal["pretraining"]] = "pretraining"
     operation: ClassVar[type[OperationConfig]] = PretrainOperation
@@ -180,7 +181,7 @@ class FinetuneConfig(RunConfig):
 
     @property
     def classifier(self) -> ClassifierConfig:
-        """The model.
+        """Return the configuration of the model.
 
         Raises:
           ValueError: `classes` is not known yet, or the model has no such classifier.

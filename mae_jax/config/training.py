@@ -49,7 +49,7 @@ class AugmentConfig:
 
     @property
     def distorts(self) -> bool:
-        """Whether pixels are altered after crop and flip."""
+        """Return whether pixels are altered after crop and flip."""
         return self.rand_augment is not None or self.color_jitter > 0
 
 
@@ -74,7 +74,7 @@ class MixConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed with each other."""
+        """Return whether images are mixed with each other."""
         return self.mixup > 0 or self.cutmix > 0
 
 

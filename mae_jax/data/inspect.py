@@ -1,7 +1,6 @@
 """`mae-jax inspect`: what a source holds, which files are broken, and a sheet of samples."""
 
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,15 +9,15 @@ import numpy as np
 from PIL import Image
 
 from mae_jax.data.images.decode import BrokenImage
-from mae_jax.data.images.transforms import center_crop
-from mae_jax.data.parallel import ordered_map
+from mae_jax.data.images.resize import center_crop
+from mae_jax.data.loader import OrderedMap, default_readers
 from mae_jax.data.sources.records import RecordSource
 from mae_jax.data.sources.shards import file_sha256
 from mae_jax.data.sources.source import Source
 from mae_jax.errors import StatedError
 from mae_jax.files import save_picture
 
-_CHUNK = 16  # images that a worker process takes at a time
+_CHUNK = 16  # images that are handed to a thread or worker process at a time
 _TILE = 96  # pixels
 _COLUMNS = 10
 
@@ -48,7 +47,7 @@ class Report:
         counts = np.bincount(self.labels[self.labels >= 0], minlength=len(self.class_names))
         lines = [f"{self.name}: {len(self.labels):,} images"]
         if len(counts):
-            lines.append(f"classes: {len(counts):,}, of {counts.min():,} to {counts.max():,} images")
+            lines.append(f"classes: {len(counts):,}, of {np.min(counts):,} to {np.max(counts):,} images")
         if unlabelled := int((self.labels < 0).sum()):
             lines.append(f"without a class: {unlabelled:,}")
         if len(self.sizes):
@@ -56,22 +55,27 @@ class Report:
                 ("shorter side", self.sizes.min(axis=1)),
                 ("longer side", self.sizes.max(axis=1)),
             ):
-                lines.append(f"{what}: {values.min()} to {values.max()} pixels, median {np.median(values):.0f}")
+                lines.append(f"{what}: {np.min(values)} to {np.max(values)} pixels, median {np.median(values):.0f}")
         lines.append(f"broken: {len(self.broken):,}")
         lines += [f"  {reason}" for reason in self.broken + self.damaged]
         return "\n".join(lines)
 
 
-def inspect_source(source: Source, name: str, processes: int, samples: int, tell: Callable[[int], None]) -> Report:
-    """Decode every image of `source`; `samples` of them, evenly spread, are kept for the sheet."""
+def inspect_source(source: Source, name: str, workers: int, samples: int, report: Callable[[int], None]) -> Report:
+    """Decode every image of `source`, by `workers` processes or, for 0, in threads.
+
+    `samples` of them, evenly spread, are kept for the sheet. `report` is called with the number of images that have
+    been done since the last call.
+    """
     step = max(1, len(source) // max(1, samples))
     look = _Look(source, frozenset(range(0, step * samples, step)))
     chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
     found: list[Found] = []
-    with closing(ordered_map(look, chunks, processes)) as results:
+    threads = default_readers(source.in_memory)
+    with OrderedMap(look, chunks, workers=workers, threads=threads) as results:
         for result in results:
             found += result
-            tell(len(result))
+            report(len(result))
     return Report(
         name,
         np.array([source.label(index) for index in range(len(source))], np.int32),
@@ -84,11 +88,12 @@ def inspect_source(source: Source, name: str, processes: int, samples: int, tell
 
 
 def damaged_shards(source: RecordSource) -> list[str]:
-    """A line for each shard whose checksum is not the one in dataset.json."""
+    """Return a line for each shard whose checksum is not the one in dataset.json."""
     lines = []
     for shard in source.manifest.shards:
         try:
-            if file_sha256(source.storage.on_disk(shard.file, shard.sha256)) != shard.sha256:
+            place = source.storage.on_disk(shard.file, shard.sha256, shard.bytes)
+            if file_sha256(place.path) != shard.sha256:
                 lines.append(f"{shard.file} is not the file that was prepared: its SHA-256 differs")
         except (OSError, StatedError) as error:
             lines.append(f"{shard.file} cannot be read: {error}")
@@ -96,7 +101,7 @@ def damaged_shards(source: RecordSource) -> list[str]:
 
 
 def write_sheet(tiles: list[Image.Image], path: Path) -> None:
-    """A contact sheet; its ending says which kind of picture.
+    """Draw a contact sheet; its ending is that of a kind of picture.
 
     Raises:
       StatedError: it cannot be written.
@@ -105,12 +110,12 @@ def write_sheet(tiles: list[Image.Image], path: Path) -> None:
     sheet = Image.new("RGB", (_COLUMNS * _TILE, max(1, rows) * _TILE), "white")
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % _COLUMNS * _TILE, number // _COLUMNS * _TILE))
-    save_picture(sheet, path, "the contact sheet")
+    save_picture(sheet, path, "sheet")
 
 
 @dataclass(frozen=True)
 class _Look:
-    """A range of images to what was found."""
+    """Turns a range of images into what was found."""
 
     source: Source
     samples: frozenset[int]

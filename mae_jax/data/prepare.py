@@ -1,14 +1,15 @@
-"""`mae-jax prepare`: any source to prepared records (see records.py), in several processes, shard by shard.
+"""`mae-jax prepare`: any source to prepared records (see records.py), shard by shard.
 
-Worker processes decode, shrink and encode; this one writes. A shard that is complete has a `.json` beside it, and a
-command that is run again goes on after the last of those. dataset.json is written when everything else is there.
+Threads or worker processes decode, shrink and encode; this one writes. A shard that is complete has a `.json` beside
+it, and a command that is run again goes on after the last of those. dataset.json is written when everything else is
+there. One process writes to a folder at a time.
 """
 
 import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -17,17 +18,18 @@ import numpy as np
 import simplejpeg
 from array_record.python import array_record_module
 
-from mae_jax.data.images.decode import BrokenImage
-from mae_jax.data.images.jpeg import plain_jpeg_size
-from mae_jax.data.images.pictures import to_array
-from mae_jax.data.parallel import DeadWorkerError, ordered_map
+from mae_jax.data.images.decode import BrokenImage, plain_jpeg_size, to_array
+from mae_jax.data.images.resize import resize_part
+from mae_jax.data.loader import OrderedMap, default_readers
 from mae_jax.data.sources.records import INDEX, MANIFEST, NAMES, VERSION, Encoding, Manifest, Shard
 from mae_jax.data.sources.shards import Storage, file_sha256
 from mae_jax.data.sources.source import Source
 from mae_jax.errors import StatedError
+from mae_jax.files import LOCK, hold, parse_json
 
 _PLAN = "prepare.json"
-_CHUNK = 16  # images that a worker process takes at a time
+_CHUNK = 16  # images that are handed to a thread or worker process at a time
+_JPEG_SIDE = 65_500  # pixels, at most, of what libjpeg writes
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,37 @@ class Row(NamedTuple):
     broken: str | None = None
 
 
-def prepare(source: Source, plan: Plan, destination: str, processes: int, tell: Callable[[int], None]) -> Manifest:
-    """Write the records of `plan` to `destination`, or the rest of them; `tell` is told how many images are done.
+def prepare(source: Source, plan: Plan, destination: str, workers: int, report: Callable[[int], None]) -> Manifest:
+    """Write the records of `plan` to `destination`, or the rest of them, by `workers` processes or, for 0, in threads.
+
+    report: called with the number of images that have been done since the last call.
 
     Raises:
-      StatedError: another plan was begun there, there is something else, nothing decodes, or a process was killed.
+      StatedError: another process writes there or has begun another plan, there is something else, nothing decodes, or
+        a worker process was killed.
     """
     storage = Storage(destination)
     if storage.has(MANIFEST):
-        raise StatedError(f"{destination} holds prepared records already: choose another folder, or remove it")
-    _claim(storage, asdict(plan) | {"names": _fingerprint(source)})
+        raise StatedError(
+            f"{destination} holds prepared records already: choose another folder, or remove it", field="destination"
+        )
+    if not storage.has(_PLAN) and (found := [name for name in storage.names() if not name.startswith(".")]):
+        raise StatedError(f"{destination} is not empty, it has {found[0]}: choose another folder", field="destination")
+    plan_of_images = asdict(plan) | {"names": _fingerprint(source)}
+    storage.make()
+    with ExitStack() as held:
+        if (
+            storage.is_local
+        ):  # elsewhere two processes of one plan write the same bytes, and of two plans one is refused
+            held.enter_context(hold(storage.folder, "destination"))
+        _claim(storage, plan_of_images)
+        return _write(source, plan, storage, workers, report)
+
+
+def _write(source: Source, plan: Plan, storage: Storage, workers: int, report: Callable[[int], None]) -> Manifest:
+    """Write the shards that are missing, and then what describes them."""
     finished = [number for number in range(plan.shards) if storage.has(f"{plan.shard_name(number)}.json")]
-    tell(sum(_shard_images(plan, number) for number in finished))
+    report(sum(_shard_images(plan, number) for number in finished))
     todo = [number for number in range(plan.shards) if number not in set(finished)]
     chunks = [
         range(start, min(start + _CHUNK, end))
@@ -87,42 +108,42 @@ def prepare(source: Source, plan: Plan, destination: str, processes: int, tell: 
         for end in [min((number + 1) * plan.shard_images, plan.images)]
         for start in range(number * plan.shard_images, end, _CHUNK)
     ]
-    try:
-        with closing(ordered_map(_Convert(source, plan), chunks, processes)) as rows:
-            stream = (row for chunk in rows for row in chunk)
-            for number in todo:
-                _write_shard(storage, plan, number, islice(stream, _shard_images(plan, number)), tell)
-    except DeadWorkerError as error:
-        raise StatedError(f"{error} The same command goes on where it stopped.") from error
+    threads = default_readers(source.in_memory)
+    with OrderedMap(_Convert(source, plan), chunks, workers=workers, threads=threads) as rows:
+        stream = (row for chunk in rows for row in chunk)
+        for number in todo:
+            _write_shard(storage, plan, number, islice(stream, _shard_images(plan, number)), report)
     return _finish(storage, plan, source.class_names)
 
 
 def _claim(storage: Storage, plan: dict[str, Any]) -> None:
-    """Begin in an empty folder, or go on where the same plan was begun, for the same images."""
-    if not storage.has(_PLAN):
-        if found := [name for name in storage.names() if not name.endswith(".partial")]:
-            raise StatedError(f"{storage.address} is not empty, it has {found[0]}: choose another folder")
-        storage.make()
-        storage.write(_PLAN, json.dumps(plan).encode())
+    """Begin a plan, or go on where the same plan was begun, for the same images."""
+    try:
+        storage.create(_PLAN, json.dumps(plan).encode())
         return
-    before = json.loads(storage.read(_PLAN))
+    except FileExistsError:
+        before = parse_json(storage.read(_PLAN), f"{storage.address}/{_PLAN}", "destination")
+    if not isinstance(before, dict):
+        before = {}
     changed = [name for name, value in plan.items() if before.get(name) != value]
     if changed == ["names"]:
         raise StatedError(
-            f"{storage.address} was begun with other files of the same number: choose another folder, or remove it"
+            f"{storage.address} was begun with other files of the same number: choose another folder, or remove it",
+            field="destination",
         )
     if changed:
         was, now = (
             ", ".join(f"{name} {values.get(name)}" for name in changed if name != "names") for values in (before, plan)
         )
         raise StatedError(
-            f"{storage.address} was begun with {was}; this command says {now}. Go on with those, or choose another "
-            "folder."
+            f"{storage.address} was begun with {was}; this command has {now}. Go on with those, or choose another "
+            "folder.",
+            field="destination",
         )
 
 
 def _fingerprint(source: Source) -> str:
-    """SHA-256 of what the images are called, in order."""
+    """Return the SHA-256 of what the images are called, in order."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         digest.update(source.name(index).encode(errors="surrogateescape") + b"\n")
@@ -130,11 +151,11 @@ def _fingerprint(source: Source) -> str:
 
 
 def _shard_images(plan: Plan, number: int) -> int:
-    """Images of the source that belong to a shard, broken ones too."""
+    """Return how many images of the source belong to a shard, broken ones too."""
     return min(plan.shard_images, plan.images - number * plan.shard_images)
 
 
-def _write_shard(storage: Storage, plan: Plan, number: int, rows: Iterator[Row], tell: Callable[[int], None]) -> None:
+def _write_shard(storage: Storage, plan: Plan, number: int, rows: Iterator[Row], report: Callable[[int], None]) -> None:
     name = plan.shard_name(number)
     written: list[Row] = []
     broken: list[str] = []
@@ -148,7 +169,7 @@ def _write_shard(storage: Storage, plan: Plan, number: int, rows: Iterator[Row],
                     written.append(row._replace(record=b""))
                 else:
                     broken.append(row.broken)
-                tell(1)
+                report(1)
         finally:
             writer.close()
         shard = Shard(name, len(written), path.stat().st_size, file_sha256(path))
@@ -158,7 +179,7 @@ def _write_shard(storage: Storage, plan: Plan, number: int, rows: Iterator[Row],
 
 def _finish(storage: Storage, plan: Plan, class_names: tuple[str, ...]) -> Manifest:
     """Join what is known of the shards, and tidy up."""
-    parts = [json.loads(storage.read(f"{plan.shard_name(number)}.json")) for number in range(plan.shards)]
+    parts = [_read_part(storage, f"{plan.shard_name(number)}.json") for number in range(plan.shards)]
     manifest = Manifest(
         version=VERSION,
         source=plan.source,
@@ -173,7 +194,9 @@ def _finish(storage: Storage, plan: Plan, class_names: tuple[str, ...]) -> Manif
     )
     if not manifest.records:
         _tidy(storage, plan, parts)
-        raise StatedError(f"none of the {plan.images} images of {plan.source} decodes: {manifest.broken[0]}")
+        raise StatedError(
+            f"none of the {plan.images} images of {plan.source} decodes: {manifest.broken[0]}", field="source"
+        )
     index = io.BytesIO()
     label, height, width = (np.array(_joined(parts, key), np.int32) for key in ("label", "height", "width"))
     np.savez(index, label=label, height=height, width=width)
@@ -191,6 +214,12 @@ def _tidy(storage: Storage, plan: Plan, parts: list[dict]) -> None:
         if not part["shard"]["records"]:
             storage.remove(plan.shard_name(number))
     storage.remove(_PLAN)
+    if storage.is_local:
+        (storage.folder / LOCK).unlink(missing_ok=True)
+
+
+def _read_part(storage: Storage, name: str) -> dict:
+    return parse_json(storage.read(name, 2**30), f"{storage.address}/{name}", "destination")
 
 
 def _joined(parts: list[dict], key: str) -> list:
@@ -199,7 +228,7 @@ def _joined(parts: list[dict], key: str) -> list:
 
 @dataclass(frozen=True)
 class _Convert:
-    """A range of images to their rows."""
+    """Turns a range of images into their rows."""
 
     source: Source
     plan: Plan
@@ -217,10 +246,10 @@ class _Convert:
 
 
 def prepared(source: Source, index: int, plan: Plan) -> tuple[bytes, int, int]:
-    """One image as `plan` wants it: the record, and the height and width of what it shows.
+    """Return one image as `plan` wants it: the record, and the height and width of what it shows.
 
     Raises:
-      BrokenImage: it does not decode.
+      BrokenImage: it does not decode, or JPEG does not hold it.
     """
     picture = source.picture(index)
     height, width = picture.size_hw
@@ -231,10 +260,16 @@ def prepared(source: Source, index: int, plan: Plan) -> tuple[bytes, int, int]:
     scale = min(1.0, plan.size / min(height, width))
     small_hw = max(1, round(height * scale)), max(1, round(width * scale))
     if plan.encoding == "raw":
-        return picture.resized(whole, (plan.size, plan.size)).tobytes(), *small_hw
+        return resize_part(picture, whole, (plan.size, plan.size)).tobytes(), *small_hw
     if scale == 1 and plain_jpeg_size(file := source.file(index), image.mode) is not None:
         return file, height, width  # nothing to gain from another loss
-    pixels = to_array(image) if scale == 1 else picture.resized(whole, small_hw)
+    if max(small_hw) > _JPEG_SIDE:
+        raise BrokenImage(
+            source.name(index),
+            f"JPEG holds {_JPEG_SIDE:,} pixels a side, and this would have {max(small_hw):,}: cut it, or take encoding "
+            "raw or keep",
+        )
+    pixels = to_array(image) if scale == 1 else resize_part(picture, whole, small_hw)
     grey = pixels.shape[2] == 1
     encoded = simplejpeg.encode_jpeg(
         np.ascontiguousarray(pixels), plan.quality, "GRAY" if grey else "RGB", "Gray" if grey else "420"

@@ -1,1 +1,1 @@
-"""What a trained model gives: reconstructions, features, neighbours."""
+"""What an encoder is worth: reconstructions, features, neighbours, classes, and their pictures."""

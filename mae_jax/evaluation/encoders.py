@@ -1,4 +1,4 @@
-"""An encoder to evaluate: of a run or checkpoint of this project, or of a PyTorch checkpoint."""
+"""Loading an encoder to evaluate: from a run or checkpoint of this project, or from a PyTorch checkpoint."""
 
 import os
 from collections.abc import Callable
@@ -21,29 +21,29 @@ from mae_jax.train.step import init_state
 
 
 class Pretrained(NamedTuple):
-    """Parameters, and all that says how they are used."""
+    """Parameters, and how they are used."""
 
-    source: str  # the checkpoint's own path, or hf:OWNER/NAME
+    source: str  # path of the checkpoint, or hf:OWNER/NAME
     config: Config
     params: Params  # a classifier's, or a masked autoencoder's with or without its decoder
     augment: AugmentConfig  # how pixels are normalised
-    step: int | None = None  # of a run of this project
+    step: int | None = None  # of a run of this project, as are the next two
     run: PretrainConfig | None = None
-    data: str | None = None  # that a run was trained on
+    data: str | None = None  # that it was trained on
 
     @property
     def model(self) -> ModelConfig:
         return encoder_config(self.config)
 
 
-def load_pretrained(source: str, encoder_heads: int | None = None, say: Callable[[str], None] = print) -> Pretrained:
-    """The newest checkpoint of a run, one checkpoint, or whatever PyTorch checkpoint `mae-jax port` reads.
+def load_pretrained(source: str, encoder_heads: int | None = None, log: Callable[[str], None] = print) -> Pretrained:
+    """Load the newest checkpoint of a run, one checkpoint, or any PyTorch checkpoint that `mae-jax port` reads.
 
-    say: is told what was assumed, changed or left out in reading.
+    log: called with each note on what was assumed, changed or left out in reading.
 
     Raises:
-      StatedError: it cannot be read, nothing tells its attention heads and `encoder_heads` is not given, or it is a
-        run, which knows them, and they are given.
+      StatedError: it cannot be read, its attention heads are neither in it nor given, or they are given for a run,
+        whose record has them.
     """
     augment = data = None
     hints = Hints(encoder_heads=encoder_heads)
@@ -58,7 +58,7 @@ def load_pretrained(source: str, encoder_heads: int | None = None, say: Callable
     # The decoder plays no part, whatever its heads are.
     weights = read_weights(source, hints, fallback=Hints(decoder_heads=1))
     for note in weights.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     return Pretrained(
         source if source.startswith("hf:") else os.path.abspath(source),
         weights.config,
@@ -69,7 +69,7 @@ def load_pretrained(source: str, encoder_heads: int | None = None, say: Callable
 
 
 def untrained(pretrained: Pretrained) -> Params:
-    """The parameters that a run started from; of a PyTorch checkpoint, random ones of the same model (seed 0)."""
+    """Make the parameters that a run started from; for a PyTorch checkpoint, random ones of its model (seed 0)."""
     config = pretrained.config
     if config.kind == "classifier":
         images = jnp.zeros((1, *config.model.image_hw, config.model.in_channels))

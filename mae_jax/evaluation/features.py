@@ -1,4 +1,4 @@
-"""What an encoder says of whole images: no patch is hidden."""
+"""Features of whole images, where no patch is hidden, and the files that hold them."""
 
 import contextlib
 import json
@@ -19,15 +19,15 @@ from mae_jax.errors import StatedError
 from mae_jax.files import check_place, whole
 from mae_jax.models import Params
 from mae_jax.models.blocks import LayerNorm, Tokens
-from mae_jax.models.mae import Encoder, everything_visible
+from mae_jax.models.mae import Encoder, all_visible
 from mae_jax.train.objective import normalise_images
 
-# Two files hold the same features of different images where these agree.
+# What must be the same of two files whose features are compared.
 _SAME = ("source", "step", "pooling", "block")
 
 
 class FeatureFile(NamedTuple):
-    """One array a field, none of them pickled; row i of all is the i-th image that decodes."""
+    """The arrays of a file, none of them pickled; row i of each is the i-th image that decodes."""
 
     features: Float[np.ndarray, "images width"]  # float32
     labels: Int[np.ndarray, " images"]  # index into class_names, -1 where there is no class
@@ -37,18 +37,18 @@ class FeatureFile(NamedTuple):
 
 
 def check_writable(path: Path) -> None:
-    """Refuse, before anything is computed, a file that could not be written.
+    """Refuse, before anything is computed, a path that no file of features can be written to.
 
     Raises:
       StatedError: it does not end in .npz, or its folder is not there or cannot be written to.
     """
     if path.suffix != ".npz":
-        raise StatedError(f"out {path} does not end in .npz")
+        raise StatedError(f"out {path} does not end in .npz", field="out")
     check_place(path)
 
 
 def save_features(path: Path, found: FeatureFile) -> None:
-    """Write a file whole or not at all.
+    """Write a file of features, whole or not at all.
 
     Raises:
       StatedError: it cannot be written.
@@ -65,11 +65,11 @@ def save_features(path: Path, found: FeatureFile) -> None:
                 of=np.array(json.dumps(found.of)),
             )
     except OSError as error:
-        raise StatedError(f"out {path} cannot be written: {error.strerror or error}") from error
+        raise StatedError(f"out {path} cannot be written: {error.strerror or error}", field="out") from error
 
 
 def load_features(path: Path) -> FeatureFile:
-    """Read a file; nothing in it is executed.
+    """Read a file of features; nothing in it is executed.
 
     Raises:
       StatedError: it cannot be read, or is not what `mae-jax features` writes.
@@ -79,37 +79,44 @@ def load_features(path: Path) -> FeatureFile:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             missing = [name for name in FeatureFile._fields if name not in stored]
             if missing:
-                raise StatedError(f"{path} has no array {missing}: give a file that `mae-jax features` wrote")
+                raise StatedError(
+                    f"{path} has no array {missing}: give a file that `mae-jax features` wrote", field=missing[0]
+                )
             features, labels, class_names, names, of = (stored[name] for name in FeatureFile._fields)
-        said = json.loads(str(of))
+        about = json.loads(str(of))
     except OSError as error:
-        raise StatedError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise StatedError(f"{path} cannot be read: {error.strerror or error}", field=path.name) from error
     except StatedError:
         raise
     except Exception as error:  # whatever a damaged file makes NumPy and its layers raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if "allow_pickle" in reason:  # NumPy's advice, for whatever it does not know
             reason = "it is no .npz, or holds Python objects, which are not read"
-        raise StatedError(f"{path} is damaged, or no file of features: {reason}") from error
-    found = FeatureFile(features, labels, tuple(map(str, class_names.ravel())), tuple(map(str, names.ravel())), said)
+        raise StatedError(f"{path} is damaged, or no file of features: {reason}", field=path.name) from error
+    found = FeatureFile(features, labels, tuple(map(str, class_names.ravel())), tuple(map(str, names.ravel())), about)
     _check(path, found)
     return found
 
 
 def _check(path: Path, found: FeatureFile) -> None:
+    """Refuse arrays that are not those of a file of features."""
     features, labels = found.features, found.labels
     if features.ndim != 2 or features.dtype != np.float32:
-        raise StatedError(f"{path}: features are {features.dtype} {features.shape}, not float32 (images, width)")
+        raise StatedError(
+            f"{path}: features are {features.dtype} {features.shape}, not float32 (images, width)", field="features"
+        )
     if labels.shape != features.shape[:1] or labels.dtype.kind != "i" or len(found.names) != len(features):
         raise StatedError(
-            f"{path}: {len(features)} features, and labels {labels.dtype} {labels.shape}, {len(found.names)} names"
+            f"{path}: {len(features)} features, and labels {labels.dtype} {labels.shape}, {len(found.names)} names",
+            field="labels",
         )
     if labels.size and not -1 <= labels.min() <= labels.max() < len(found.class_names):
         raise StatedError(
-            f"{path}: labels {labels.min()} .. {labels.max()} are not those of {len(found.class_names)} classes"
+            f"{path}: labels {labels.min()} .. {labels.max()} are not those of {len(found.class_names)} classes",
+            field="labels",
         )
     if not isinstance(found.of, dict):
-        raise StatedError(f"{path}: of is {found.of!r}, not what says where features come from")
+        raise StatedError(f"{path}: of is {found.of!r}, not an object with the features' origin", field="of")
 
 
 def check_alike(first: Path, one: FeatureFile, second: Path, other: FeatureFile) -> None:
@@ -121,10 +128,11 @@ def check_alike(first: Path, one: FeatureFile, second: Path, other: FeatureFile)
     for name in _SAME:
         a, b = one.of.get(name), other.of.get(name)
         if a != b:
-            raise StatedError(f"{first} and {second} do not compare: {name} {a} and {b}; make both alike")
+            raise StatedError(f"{first} and {second} do not compare: {name} {a} and {b}; make both alike", field=name)
     if one.features.shape[1] != other.features.shape[1]:
         raise StatedError(
-            f"{first} and {second} do not compare: {one.features.shape[1]} and {other.features.shape[1]} wide"
+            f"{first} and {second} do not compare: {one.features.shape[1]} and {other.features.shape[1]} wide",
+            field="features",
         )
 
 
@@ -137,13 +145,13 @@ def image_features(
     pooling: Pooling,
     block: int | None = None,
 ) -> Float[Array, "batch width"]:
-    """The class token, or the mean of the patches, after the encoder's last LayerNorm.
+    """Compute the class token, or the mean of the patches, after the encoder's last LayerNorm.
 
-    block: in place of that, as they leave this block (from 0, or back from -1), not normalised.
+    block: take them after this block (from 0, or back from -1) instead, not normalised.
 
     A classifier of the patches' mean has its LayerNorm behind the mean (`fc_norm`), and so have its features.
     """
-    patches, mask = everything_visible(normalise_images(images, augment, wide(model.dtype)), model)
+    patches, mask = all_visible(normalise_images(images, augment, wide(model.dtype)), model)
     normalised = block is None and "norm" in params["encoder"]
     count = model.encoder.depth if block is None else block % model.encoder.depth + 1
     encoder, variables = Encoder(model), {"params": params["encoder"]}
@@ -167,17 +175,20 @@ def check_features(params: Params, model: ModelConfig, pooling: Pooling, block: 
     """
     depth = model.encoder.depth
     if pooling == "class" and not model.class_token:
-        raise StatedError("pooling class needs a class token, and this model has none; use mean")
+        raise StatedError("pooling class needs a class token, and this model has none; use mean", field="pooling")
     if block is not None and not -depth <= block < depth:
-        raise StatedError(f"block {block} is not in {-depth} .. {depth - 1}: the encoder has {depth} blocks")
+        raise StatedError(
+            f"block {block} is not in {-depth} .. {depth - 1}: the encoder has {depth} blocks", field="block"
+        )
     if pooling == "class" and block is None and "norm" not in params["encoder"]:
         raise StatedError(
-            "pooling class: this classifier normalises the mean of the patches alone; use mean, or block -1"
+            "pooling class: this classifier normalises the mean of the patches alone; use mean, or block -1",
+            field="pooling",
         )
 
 
 class Features(NamedTuple):
-    """Of the images of a source that decode, in its order."""
+    """Features of the images of a source that decode, in its order."""
 
     values: Float[np.ndarray, "images width"]
     labels: Int[np.ndarray, " images"]  # -1 where there is no class
@@ -193,11 +204,13 @@ def source_features(
     batch_size: int = 256,
     *,
     block: int | None = None,
-    tell: Callable[[int], object] = lambda images: None,
+    workers: int | None = None,
+    report: Callable[[int], object] = lambda images: None,
 ) -> Features:
-    """Features (float32) and labels of all images of a source, computed on all devices of this host.
+    """Compute features (float32) of all images of a source, on all devices of this host.
 
-    tell: is called with the number of images, as they are done.
+    workers: processes that read the images; by default threads do.
+    report: called with the number of images of each batch, as it is done.
 
     Raises:
       StatedError: the encoder has no such features, or no image decodes.
@@ -211,8 +224,9 @@ def source_features(
     batch_size = -(-min(batch_size, len(source)) // len(devices)) * len(devices)
     values = np.empty((len(source), model.encoder.width), np.float32)
     labels, broken, done = [np.empty(0, np.int32)], [np.empty(0, np.int64)], 0
+    share = augment.evaluation_crop
     with contextlib.closing(
-        evaluation_batches(source, model.image_hw, model.in_channels, batch_size, share=augment.evaluation_crop)
+        evaluation_batches(source, model.image_hw, model.in_channels, batch_size, share=share, workers=workers)
     ) as batches:
         for batch in batches:
             images = batch["image"]
@@ -222,7 +236,7 @@ def source_features(
             done += len(images)
             labels.append(batch["label"])
             broken.append(batch["broken"])
-            tell(len(images) + len(batch["broken"]))
+            report(len(images) + len(batch["broken"]))
     if not done:
-        raise StatedError(f"no image decodes, {source.name(0)} the first of them")
+        raise StatedError(f"no image decodes, {source.name(0)} the first of them", field="data")
     return Features(values[:done], np.concatenate(labels), np.concatenate(broken))

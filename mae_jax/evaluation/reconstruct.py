@@ -1,4 +1,4 @@
-"""The picture that `mae-jax reconstruct` writes."""
+"""Pictures of reconstructions: what `mae-jax reconstruct` and a pretraining run draw."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class View(NamedTuple):
 
 
 def sample_noise(seed: int, count: int, config: ModelConfig) -> Noise:
-    """The masks of the pictures: (count, L), the same in every run of this seed."""
+    """Draw the noise of the pictures' masks: (count, L), the same in every run of this seed."""
     return rng.example_uniforms(
         rng.device_key(seed, "samples"), jnp.arange(count, dtype=jnp.uint32), config.num_patches
     )
@@ -54,6 +54,7 @@ def _columns(
     augment: AugmentConfig,
     placement: NamedSharding | None,
 ) -> list[Bytes]:
+    """Compute the columns of the picture."""
     dtype = wide(model.dtype)
     pixels = normalise_images(images, augment, dtype)
     output = cast(Output, MaskedAutoencoder(model).apply({"params": params}, pixels, noise))
@@ -62,9 +63,11 @@ def _columns(
     mean, std = (jnp.asarray(values, dtype) for values in (augment.mean, augment.std))
 
     def picture(patches: Float[Array, "batch patches values"]) -> Bytes:
+        """Turn normalised patches back into bytes."""
         unit = unpatchify(patches, model.grid, model.patch_hw) * std + mean
         return jnp.round(jnp.clip(unit, 0, 1) * 255).astype(jnp.uint8)
 
+    # What the model predicts, as pixels. Of normalised patches there are two views: as it is, and denormalised.
     grey = patchify(jnp.broadcast_to((HIDDEN_GREY - mean) / std, pixels.shape), model.patch_hw)
     restored = [output.pred]
     if model.pca_components is not None:
@@ -77,7 +80,7 @@ def _columns(
     return pictures if placement is None else jax.lax.with_sharding_constraint(pictures, placement)
 
 
-# A star marks what borrows from the truth; STAR says what.
+# A star marks views that use the original image; STAR explains it below the title.
 CAPTIONS = {
     False: ("original", "masked", "reconstruction", "with visible"),
     True: ("original", "masked", "raw prediction", "denormalised*", "with visible*"),
@@ -106,7 +109,7 @@ def reconstruct(
 
 
 def draw(views: list[View], title: str) -> Image.Image:
-    """A grid, one row an example and one column a view, pixels enlarged in whole steps, captions above."""
+    """Draw a grid, one row an example and one column a view, pixels enlarged in whole steps, captions above."""
     _, height, width, channels = views[0].images.shape
     scale = max(1, 128 // max(height, width))
     font = ImageFont.load_default(size=13)
@@ -134,7 +137,7 @@ def draw(views: list[View], title: str) -> Image.Image:
 def reconstruction_sheet(
     run: Path, files: Sequence[str], *, mask_ratio: float | None = None, seed: int = 0, samples: int = 8
 ) -> Image.Image:
-    """Reconstructions of the given image files, or of `samples` images of the data that the run was trained on.
+    """Draw reconstructions of image files, or of `samples` images of the data that the run was trained on.
 
     Raises:
       StatedError: no checkpoint, a file does not decode, or the mask ratio does not fit the model.
@@ -145,7 +148,7 @@ def reconstruction_sheet(
         try:
             model = dataclasses.replace(model, mask_ratio=mask_ratio)
         except ValueError as error:
-            raise StatedError(str(error)) from error
+            raise StatedError(str(error), field="mask_ratio") from error
     share = config.augment.evaluation_crop
     images = load_images(files, model.image_hw, model.in_channels, share) if files else _samples(config, seed, samples)
     views = reconstruct(params, images, sample_noise(seed, len(images), model), model, config.augment)
@@ -154,8 +157,9 @@ def reconstruction_sheet(
 
 
 def _samples(config: PretrainConfig, seed: int, count: int) -> np.ndarray:
+    """Load some images of the data that a run was trained on, the same for every run of this seed."""
     source = open_source(config.data, config.model.in_channels)
     if not 1 <= count <= len(source):
-        raise StatedError(f"samples {count} is not in 1 .. {len(source)}, the images of {config.data}")
+        raise StatedError(f"samples {count} is not in 1 .. {len(source)}, the images of {config.data}", field="samples")
     order = rng.host_generator(seed, "samples", 0).permutation(len(source))
     return load_samples(source, order.tolist(), count, config.model.image_hw, config.augment.evaluation_crop)

@@ -14,37 +14,16 @@ from jaxtyping import Array, BFloat16, Float
 from mae_jax.config import AttentionKernel, Dtype, TransformerConfig, wide
 from mae_jax.models.gradients import affine, attend, gelu, split_heads
 
-Fused = BFloat16[Array, "batch tokens 3 heads head_dim"]
-Rows = BFloat16[Array, "batch tokens heads head_dim"]
-
-
-def fused_attend(fused: Fused, since: int = 0) -> BFloat16[Array, "batch tokens-{since} heads head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v out of one dense layer's query, key and value.
-
-    Queries are the tokens from `since` on, keys and values all of them.
-    """
-    batch, tokens = fused.shape[:2]
-    query, key, value = fused[:, since:, 0], fused[:, :, 1], fused[:, :, 2]
-    # JAX 0.10 to 0.12 refuse odd lengths where a gradient is asked for. A key too many is told by the length, and has
-    # no weight; a query too many is cut off, so that its gradient is zero.
-    lengths = jnp.full(batch, tokens, jnp.int32) if tokens % 2 else None
-    mixed = jax.nn.dot_product_attention(
-        _even(query), _even(key), _even(value), key_value_seq_lengths=lengths, implementation="cudnn"
-    )
-    return mixed[:, : tokens - since]
-
-
-def _even(rows: Rows) -> BFloat16[Array, "batch even heads head_dim"]:
-    return jnp.pad(rows, ((0, 0), (0, rows.shape[1] % 2), (0, 0), (0, 0)))
-
-
 Tokens = Float[Array, "batch tokens width"]
+Survival = Float[Array, "batch 2"]  # what the two branches of a block are multiplied by, example by example
+Fused = BFloat16[Array, "batch tokens 3 heads head_dim"]  # query, key and value as one dense layer gives them
+Rows = BFloat16[Array, "batch tokens heads head_dim"]
 
 LAYER_NORM_EPS = 1e-6
 
 
 class Dense(nn.Module):
-    """x kernel + bias, the kernel xavier uniform at first (He et al. 2021, appendix A.1)."""
+    """A dense layer, x kernel + bias, whose kernel starts xavier uniform (He et al. 2021, appendix A.1)."""
 
     features: int
     dtype: Dtype
@@ -59,7 +38,7 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Normalises each token; statistics in at least float32, the variance in two passes."""
+    """A LayerNorm of each token; statistics in at least float32, the variance in two passes."""
 
     dtype: Dtype
 
@@ -74,9 +53,9 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; query, key and value come fused, in this order, with bias.
+    """Multi-head self-attention; one dense layer gives query, key and value, in this order, with bias.
 
-    Queries are the tokens from `since` on, keys and values all of them.
+    Queries are the tokens from `start` on, keys and values all of them.
     """
 
     heads: int
@@ -84,15 +63,38 @@ class Attention(nn.Module):
     attention: AttentionKernel = "xla"
 
     @nn.compact
-    def __call__(self, x: Tokens, since: int = 0) -> Float[Array, "batch tokens-{since} width"]:
+    def __call__(self, x: Tokens, start: int = 0) -> Float[Array, "batch tokens-{start} width"]:
         batch, tokens, width = x.shape
         fused = Dense(3 * width, self.dtype, name="qkv")(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        # Both kernels take the same layer's result, so parameters do not depend on which of them computes.
         if self.attention == "cudnn":
-            mixed = fused_attend(fused, since)
+            mixed = fused_attend(fused, start)
         else:
             query, key, value = split_heads(fused)
-            mixed = attend(query[:, :, since:], key, value, self.dtype).transpose(0, 2, 1, 3)
-        return Dense(width, self.dtype, name="proj")(mixed.reshape(batch, tokens - since, width))
+            mixed = attend(query[:, :, start:], key, value, self.dtype).transpose(0, 2, 1, 3)
+        return Dense(width, self.dtype, name="proj")(mixed.reshape(batch, tokens - start, width))
+
+
+def fused_attend(fused: Fused, start: int = 0) -> BFloat16[Array, "batch tokens-{start} heads head_dim"]:
+    """Compute softmax(q k^T / sqrt(head_dim)) v with cuDNN, from one dense layer's query, key and value.
+
+    Queries are the tokens from `start` on, keys and values all of them.
+    """
+    batch, tokens = fused.shape[:2]
+    query, key, value = fused[:, start:, 0], fused[:, :, 1], fused[:, :, 2]
+    # JAX 0.10 to 0.12 refuse sequences of odd length where a gradient is asked for, so each is filled up with one row
+    # of zeros. The lengths mark a key too many as padding, which gives it no weight; the result of a query too many is
+    # cut off, which makes its gradient zero.
+    lengths = jnp.full(batch, tokens, jnp.int32) if tokens % 2 else None
+    mixed = jax.nn.dot_product_attention(
+        _even(query), _even(key), _even(value), key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return mixed[:, : tokens - start]
+
+
+def _even(rows: Rows) -> BFloat16[Array, "batch even heads head_dim"]:
+    """Fill a sequence up to an even number of tokens."""
+    return jnp.pad(rows, ((0, 0), (0, rows.shape[1] % 2), (0, 0), (0, 0)))
 
 
 class Mlp(nn.Module):
@@ -107,11 +109,8 @@ class Mlp(nn.Module):
         return Dense(x.shape[-1], self.dtype, name="fc2")(gelu(hidden))
 
 
-Survival = Float[Array, "batch 2"]  # what the two branches of a block are multiplied by, example by example
-
-
 class Block(nn.Module):
-    """x + attention(LayerNorm(x)), then x + mlp(LayerNorm(x)), of the tokens from `since` on.
+    """A transformer block: x + attention(LayerNorm(x)), then x + mlp(LayerNorm(x)), of the tokens from `start` on.
 
     With `survival` each branch is multiplied by its own column before it is added (drop path).
     """
@@ -127,21 +126,23 @@ class Block(nn.Module):
         self.mlp = Mlp(self.config.mlp_width, self.dtype)
 
     def __call__(
-        self, x: Tokens, since: int = 0, survival: Survival | None = None
-    ) -> Float[Array, "batch tokens-{since} width"]:
-        x = x[:, since:] + _surviving(self.attn(self.norm1(x), since).astype(x.dtype), survival, 0)
+        self, x: Tokens, start: int = 0, survival: Survival | None = None
+    ) -> Float[Array, "batch tokens-{start} width"]:
+        # Attention reads every token. Tokens before `start` are only read, so nothing that follows is computed of them.
+        x = x[:, start:] + _surviving(self.attn(self.norm1(x), start).astype(x.dtype), survival, 0)
         return x + _surviving(self.mlp(self.norm2(x)).astype(x.dtype), survival, 1)
 
 
 def _surviving(branch: Tokens, survival: Survival | None, column: int) -> Tokens:
+    """Multiply a branch by its column of `survival`, if branches are dropped at all."""
     return branch if survival is None else branch * survival[:, column, None, None].astype(branch.dtype)
 
 
 def drop_path(uniforms: Float[Array, "batch depth 2"], rate: float) -> Float[Array, "batch depth 2"]:
-    """What each block's branches are multiplied by: 0 where a branch is dropped, else 1 / (its chance to stay).
+    """Draw what each block's branches are multiplied by: 0 for a dropped one, else 1 / (its chance to stay).
 
-    The chance to be dropped rises with depth in equal steps from 0 to `rate` (Huang et al. 2016, section 3). So the
-    expectation is 1, and nothing is to be done where nothing is dropped.
+    The chance to be dropped rises with depth in equal steps from 0 to `rate` (Huang et al. 2016, section 3). The
+    expectation is 1, so that evaluation simply leaves the factors out.
     """
     stays = 1 - rate * jnp.linspace(0, 1, uniforms.shape[1], dtype=uniforms.dtype)[:, None]
     return jnp.where(uniforms < stays, 1 / stays, 0)
@@ -149,9 +150,9 @@ def drop_path(uniforms: Float[Array, "batch depth 2"], rate: float) -> Float[Arr
 
 @functools.cache
 def block_class(remat: bool) -> type[Block]:
-    """The block, or the block that is recomputed in the backward pass; both must be told `since`, by position.
+    """Return the class of the blocks: `Block`, or with `remat` one that is recomputed in the backward pass.
 
-    Compiled functions within a compiled function: JAX then traces blocks of one shape once, however many there are.
-    What is replaced inside a block after that is not seen, unless this function's cache is cleared.
+    Either takes `start` by position. Each is a compiled function within the compiled step: JAX then traces blocks of
+    one shape once, however many there are. A test that replaces something inside a block must clear this cache.
     """
     return nn.jit(nn.remat(Block, static_argnums=(2,)) if remat else Block, static_argnums=(2,))

@@ -5,14 +5,14 @@ from jaxtyping import Array, Float
 
 from mae_jax.config import ClassifierConfig, wide
 from mae_jax.models.blocks import Dense, LayerNorm, drop_path
-from mae_jax.models.mae import Encoder, everything_visible
+from mae_jax.models.mae import Encoder, all_visible
 from mae_jax.models.patches import Images
 
 Pooled = Float[Array, "batch encoder_width"]
 
 
 class Classifier(nn.Module):
-    """Normalised images to logits; every patch is visible.
+    """A classifier of normalised images; every patch is visible.
 
     Pooling `mean` takes the mean of the patches and then normalises it (`fc_norm`): the encoder's own LayerNorm is
     not there. Pooling `class` takes the class token behind that LayerNorm.
@@ -25,7 +25,7 @@ class Classifier(nn.Module):
         self.encoder = Encoder(config.model)
         if config.pooling == "mean":
             self.fc_norm = LayerNorm(config.model.dtype)
-        # As probing and evaluation compute it, where several heads share an encoder: never in less than float32.
+        # Never below float32, as probing and evaluation compute it, where several heads share an encoder.
         self.head = Dense(config.classes, wide(config.model.dtype))
 
     def __call__(
@@ -33,7 +33,7 @@ class Classifier(nn.Module):
         images: Images,
         uniforms: Float[Array, "batch depth 2"] | None = None,
     ) -> Float[Array, "batch classes"]:
-        """The logits, in float32 or wider; with uniforms in [0, 1), branches are dropped at the configured rate."""
+        """Compute the logits, in float32 or wider; with uniforms in [0, 1), drop branches at the configured rate."""
         return self.head(self.pool(images, uniforms))
 
     def pool(
@@ -41,9 +41,9 @@ class Classifier(nn.Module):
         images: Images,
         uniforms: Float[Array, "batch depth 2"] | None = None,
     ) -> Pooled:
-        """What the head sees."""
+        """Compute the features that the head classifies."""
         config = self.config
-        patches, mask = everything_visible(images, config.model)
+        patches, mask = all_visible(images, config.model)
         survival = None if uniforms is None else drop_path(uniforms, config.drop_path)
         tokens = self.encoder.blocks(patches, mask, survival)
         if config.pooling == "class":

@@ -7,14 +7,14 @@ from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
 
 
 def stack_flops(stack: TransformerConfig, tokens: int) -> int:
-    """Of one forward pass of one sequence through the blocks."""
+    """Count one forward pass of one sequence through the blocks."""
     dense = tokens * (4 * stack.width**2 + 2 * stack.width * stack.mlp_width)  # qkv, proj; fc1, fc2
     attention = 2 * tokens**2 * stack.width  # q k^T, weights v
     return 2 * stack.depth * (dense + attention)
 
 
 def forward_flops(config: ModelConfig) -> int:
-    """Of one image's forward pass as the paper tells it: every patch is projected, and every patch predicted."""
+    """Count one image's forward pass as the paper describes it: every patch is projected, and every patch predicted."""
     extra = int(config.class_token)
     seen = (config.num_patches if config.encoder_mask_tokens else config.keep) + extra
     full = config.num_patches + extra
@@ -28,7 +28,7 @@ def forward_flops(config: ModelConfig) -> int:
 
 
 def classifier_flops(config: ClassifierConfig) -> int:
-    """Of one image's forward pass through a classifier: every patch is visible."""
+    """Count one image's forward pass through a classifier: every patch is visible."""
     model = config.model
     tokens, width = model.num_patches + int(model.class_token), model.encoder.width
     ends = model.num_patches * model.patch_dim * width + width * config.classes
@@ -36,5 +36,5 @@ def classifier_flops(config: ClassifierConfig) -> int:
 
 
 def training_flops(config: ModelConfig) -> int:
-    """Of one image's step: forward, and twice as much backward."""
+    """Count one image's training step: forward, and twice as much backward."""
     return 3 * forward_flops(config)

@@ -13,14 +13,14 @@ TARGET_EPS = 1e-6
 
 
 def patch_statistics(patches: Patches) -> tuple[Float[Array, "batch patches 1"], Float[Array, "batch patches 1"]]:
-    """Mean and deviation of each patch; the variance is unbiased (divided by P - 1)."""
+    """Compute mean and deviation of each patch; the variance is unbiased (divided by P - 1)."""
     mean = patches.mean(axis=-1, keepdims=True)
     variance = patches.var(axis=-1, ddof=1, keepdims=True)
     return mean, jnp.sqrt(variance + TARGET_EPS)
 
 
 def normalise_patches(patches: Patches) -> Patches:
-    """Each patch by its own mean and deviation."""
+    """Normalise each patch by its own mean and deviation."""
     mean, deviation = patch_statistics(patches)
     return (patches - mean) / deviation
 
@@ -28,17 +28,17 @@ def normalise_patches(patches: Patches) -> Patches:
 def principal_coefficients(
     patches: Patches, mean: Float[Array, " values"], basis: Float[Array, "values components"]
 ) -> Coefficients:
-    """Each patch in an orthonormal basis, about the mean."""
+    """Compute each patch's coefficients in an orthonormal basis, about the mean."""
     return jnp.matmul(patches - mean, basis, precision="highest")
 
 
 def from_coefficients(
     coefficients: Coefficients, mean: Float[Array, " values"], basis: Float[Array, "values components"]
 ) -> Patches:
-    """The patches that have these coefficients, and nothing outside the basis."""
+    """Compute the patches that have these coefficients, and nothing outside the basis."""
     return jnp.matmul(coefficients, basis.T, precision="highest") + mean
 
 
 def patch_errors(pred: Predicted, target: Predicted) -> Float[Array, "batch patches"]:
-    """Squared error, averaged inside each patch."""
+    """Compute the squared error, averaged inside each patch."""
     return jnp.square(pred - target).mean(axis=-1)

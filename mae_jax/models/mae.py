@@ -1,12 +1,12 @@
 """The masked autoencoder: an encoder that sees the visible patches, a light decoder that predicts the hidden ones.
 
-He et al. 2021, section 3. Two things are done in another order than the text tells them, with the same result:
+He et al. 2021, section 3. Two steps stand in another order than in the paper, with the same result:
 
 - Visible patches are picked from the pixels, before the projection: it runs on a quarter of them.
-- The decoder does not unshuffle its tokens. Attention does not know their order, positions alone tell it, so the
-  decoder works on [visible, hidden] with the rows of its position table shuffled alike. The hidden patches are then
-  a slice, and no activation is ever gathered or scattered. The last block, from its queries on, and all that follows
-  run on that slice alone.
+- The decoder does not unshuffle its tokens. Attention is blind to their order, of which positions alone inform it. So
+  the decoder works on [visible, hidden] with the rows of its position table shuffled alike. The hidden patches are
+  then a slice, and no activation is ever gathered or scattered. The last block, from its queries on, and all that
+  follows run on that slice alone.
 """
 
 from typing import NamedTuple
@@ -20,8 +20,7 @@ from mae_jax.config import ModelConfig, wide
 from mae_jax.models.blocks import Dense, LayerNorm, Tokens, block_class
 from mae_jax.models.losses import Coefficients, Predicted, normalise_patches, patch_errors, principal_coefficients
 from mae_jax.models.masking import Ids, Mask, Noise, make_mask
-from mae_jax.models.patches import Images, Patches, patchify
-from mae_jax.models.positions import fixed_positions
+from mae_jax.models.patches import Images, Patches, fixed_positions, patchify
 
 # What the encoder gives the decoder, which has more tokens of another width.
 Latent = Float[Array, "batch seen encoder_width"]
@@ -30,7 +29,7 @@ token_init = nn.initializers.normal(0.02)
 
 
 class Output(NamedTuple):
-    """What the model computes; in a compiled function what is not used is not computed.
+    """What the model computes; a compiled function leaves out what is not used.
 
     latent: the encoder's tokens, class token first, then the visible patches in the order of ids_shuffle
       (all patches in image order where the encoder sees mask tokens).
@@ -46,17 +45,17 @@ class Output(NamedTuple):
 
 
 def pick(rows: Float[Array, "batch rows values"], ids: Int[Array, "batch ids"]) -> Float[Array, "batch ids values"]:
-    """The rows of each example that its ids name."""
+    """Pick rows of each example by its ids."""
     return jnp.take_along_axis(rows, ids[..., None], axis=1, mode="promise_in_bounds")
 
 
 def trained(path: tuple[str, ...]) -> bool:
-    """Whether the parameter of this path is trained: all are, but the basis of a PCA target."""
+    """Return whether the parameter of this path is trained: all are, but the basis of a PCA target."""
     return path[0] != "target"
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
-    """U(-fan_in^-1/2, fan_in^-1/2): torch's default for a convolution, which the authors leave on the projection."""
+    """Draw a bias from U(-fan_in^-1/2, fan_in^-1/2), PyTorch's default, which the authors leave on the projection."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
@@ -65,7 +64,7 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
 
 
 def positions(module: nn.Module, config: ModelConfig, width: int) -> Float[Array, "tokens width"]:
-    """The position table of an encoder or decoder; the learned one is its parameter `pos_embed` (1, tokens, width)."""
+    """Make the position table of an encoder or decoder; a learned one is its parameter `pos_embed`."""
     dtype = wide(config.dtype)
     if config.positions == "learned":
         shape = (1, config.num_patches + config.class_token, width)
@@ -74,7 +73,7 @@ def positions(module: nn.Module, config: ModelConfig, width: int) -> Float[Array
 
 
 class Encoder(nn.Module):
-    """Patch projection and positions, blocks, LayerNorm."""
+    """The encoder: patch projection and positions, blocks, LayerNorm."""
 
     config: ModelConfig
 
@@ -90,7 +89,7 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(config.dtype)
 
     def embed(self, visible: Patches, mask: Mask) -> Tokens:
-        """Visible patches to tokens with positions, in the order of ids_shuffle, the class token in front."""
+        """Turn visible patches into tokens with positions, in the order of ids_shuffle, the class token in front."""
         config = self.config
         tokens = self.patch_embed(visible).astype(wide(config.dtype))
         if config.encoder_mask_tokens:
@@ -104,7 +103,7 @@ class Encoder(nn.Module):
         survival: Float[Array, "batch depth 2"] | None = None,
         count: int | None = None,
     ) -> Tokens:
-        """The tokens after the last block, or after the first `count` blocks, not yet normalised.
+        """Compute the tokens after the last block, or after the first `count` blocks, not yet normalised.
 
         `survival` is what `drop_path` gives.
         """
@@ -118,7 +117,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Projection to its own width, mask tokens for the hidden patches, blocks, LayerNorm, prediction."""
+    """The decoder: projection to its own width, mask tokens for hidden patches, blocks, LayerNorm, prediction."""
 
     config: ModelConfig
 
@@ -133,7 +132,7 @@ class Decoder(nn.Module):
         self.pred = Dense(config.target_dim, config.dtype)
 
     def embed(self, latent: Latent, mask: Mask) -> Tokens:
-        """The encoder's tokens and the mask tokens, with positions, in the order of ids_shuffle, class token first."""
+        """Join the encoder's tokens and mask tokens, with positions, in the order of ids_shuffle, class token first."""
         config = self.config
         tokens = self.embed_latent(latent).astype(wide(config.dtype))
         first = tokens[:, :1] if config.class_token else None
@@ -143,25 +142,25 @@ class Decoder(nn.Module):
         return with_positions(tokens, self.position_table, mask, first)
 
     def __call__(self, latent: Latent, mask: Mask) -> Tokens:
-        """All tokens before the last block, in the order of ids_shuffle, the class token in front."""
+        """Compute all tokens before the last block, in the order of ids_shuffle, the class token in front."""
         x = self.embed(latent, mask)
         for block in self.block[:-1]:
             x = block(x, 0)
         return x
 
-    def predict(self, tokens: Tokens, since: int = 0) -> Predicted:
-        """The last block and the prediction of the patches from `since` on, in the order of ids_shuffle."""
-        return self.pixels(self.block[-1](tokens, since + int(self.config.class_token)))
+    def predict(self, tokens: Tokens, start: int = 0) -> Predicted:
+        """Run the last block and predict the patches from `start` on, in the order of ids_shuffle."""
+        return self.pixels(self.block[-1](tokens, start + int(self.config.class_token)))
 
     def pixels(self, tokens: Tokens) -> Predicted:
-        """Tokens after the last block to pixels, or whatever else is the target."""
+        """Predict pixels, or whatever else is the target, from the tokens after the last block."""
         return self.pred(self.norm(tokens)).astype(wide(self.config.dtype))
 
 
 def append_token(
     tokens: Float[Array, "batch count width"], token: Float[Array, "1 1 width"], length: int
 ) -> Float[Array, "batch {length} width"]:
-    """Tokens, followed by `token` up to `length`."""
+    """Fill a sequence up to `length` with one token."""
     batch, count, width = tokens.shape
     return jnp.concatenate([tokens, jnp.broadcast_to(token, (batch, length - count, width))], axis=1)
 
@@ -181,18 +180,18 @@ def with_positions(
     return jnp.concatenate([first, tokens], axis=1)
 
 
-def everything_visible(images: Images, config: ModelConfig) -> tuple[Patches, Mask]:
-    """All patches in image order, and the mask that hides none."""
+def all_visible(images: Images, config: ModelConfig) -> tuple[Patches, Mask]:
+    """Cut images into patches in image order, and make the mask that hides none of them."""
     patches = patchify(images.astype(wide(config.dtype)), config.patch_hw)
     ids = jnp.broadcast_to(jnp.arange(patches.shape[1]), patches.shape[:2])
     return patches, Mask(ids, ids, jnp.zeros(ids.shape))
 
 
 class PrincipalComponents(nn.Module):
-    """Patches to their largest principal coefficients (He et al. 2021, Table 1d).
+    """The principal coefficients of patches, as a target (He et al. 2021, Table 1d).
 
-    Mean and basis are parameters that are not trained. `init` leaves them without a number, so that a loss has none
-    either: they are to be fitted to the patches of the data (mae_jax/train/pca.py).
+    Mean and basis are parameters that are not trained. `init` makes them nan, and with them each loss, until they are
+    fitted to the patches of the data (mae_jax/runs/target.py).
     """
 
     config: ModelConfig
@@ -207,7 +206,7 @@ class PrincipalComponents(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Images and mask noise to a loss and all that led to it.
+    """The masked autoencoder: from images and mask noise to a loss and all that led to it.
 
     `model.init(key, images, noise)["params"]`, then `model.apply({"params": params}, images, noise)`.
     """
@@ -221,10 +220,10 @@ class MaskedAutoencoder(nn.Module):
             self.components = PrincipalComponents(self.config, name="target")
 
     def __call__(self, images: Images, noise: Noise) -> Output:
-        """Normalised images, and noise of one row of L values an example, to `Output`.
+        """Compute `Output` from normalised images, and noise of one row of L values an example.
 
         Raises:
-          ValueError: images or noise do not have the shape that the configuration says.
+          ValueError: images or noise do not have the shape of the configuration.
         """
         config = self.config
         expected = (*config.image_hw, config.in_channels), (config.num_patches,)
@@ -233,17 +232,24 @@ class MaskedAutoencoder(nn.Module):
                 f"images {images.shape} and noise {noise.shape} do not fit the configuration: "
                 f"a batch of {expected[0]} and of {expected[1]}"
             )
+        # Image to visible patches. From here to the loss everything is in the order of ids_shuffle, visible ones first.
         patches = patchify(images.astype(wide(config.dtype)), config.patch_hw)
         mask = make_mask(noise, config)
         shuffled = pick(patches, mask.ids_shuffle)
         latent = self.encoder(shuffled[:, : config.keep], mask)
         decoded = self.decoder(latent, mask)
 
-        since = config.keep if config.loss_on == "hidden" else 0
-        loss = patch_errors(self.decoder.predict(decoded, since), self.target(shuffled[:, since:])).mean()
+        # A compiled training step asks for the loss alone: then the prediction of all patches is not computed, and the
+        # last block runs on the hidden ones. Operation by operation everything is computed, and once is enough.
+        start = config.keep if config.loss_on == "hidden" else 0
+        traced = isinstance(decoded, jax.core.Tracer)
+        scored = self.decoder.predict(decoded, start) if start and traced else None
+        pred = self.decoder.predict(decoded)
+        if scored is None:
+            scored = pred[:, start:]
         return Output(
-            loss=loss,
-            pred=pick(self.decoder.predict(decoded), mask.ids_restore),
+            loss=patch_errors(scored, self.target(shuffled[:, start:])).mean(),
+            pred=pick(pred, mask.ids_restore),
             target=self.target(patches),
             mask=mask.hidden,
             ids_restore=mask.ids_restore,
@@ -251,16 +257,16 @@ class MaskedAutoencoder(nn.Module):
         )
 
     def encode(self, images: Images) -> Float[Array, "batch tokens encoder_width"]:
-        """The encoder's tokens with every patch visible: class token first, then the patches in image order."""
-        return self.encoder(*everything_visible(images, self.config))
+        """Encode images with every patch visible: class token first, then the patches in image order."""
+        return self.encoder(*all_visible(images, self.config))
 
     def target(self, patches: Patches) -> Predicted:
-        """What is to be predicted: pixels, pixels normalised inside each patch, or principal coefficients."""
+        """Compute what is to be predicted: pixels, normalised inside each patch or not, or principal coefficients."""
         if self.config.pca_components is not None:
             return self.components(patches)
         return normalise_patches(patches) if self.config.norm_pix_loss else patches
 
     def in_image_order(self, tokens: Tokens, mask: Mask) -> Tokens:
-        """Tokens of all patches unshuffled, the class token left in front."""
+        """Unshuffle the tokens of all patches, the class token left in front."""
         first = int(self.config.class_token)
         return jnp.concatenate([tokens[:, :first], pick(tokens[:, first:], mask.ids_restore)], axis=1)

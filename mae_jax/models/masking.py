@@ -1,4 +1,4 @@
-"""Masks from given noise: which patches stay visible (He et al. 2021, section 3, Table 1f and Figure 6).
+"""Masks from noise: which patches stay visible (He et al. 2021, section 3, Table 1f and Figure 6).
 
 Noise is uniform on [0, 1), one row an example. Every kind of mask turns it into scores; the patches with the
 smallest scores stay. So a mask is a function of its noise, and the number of visible patches never varies.
@@ -49,20 +49,21 @@ def keep_smallest(scores: Scores, keep: int) -> Mask:
 
 
 def grid_scores(noise: Noise, grid: tuple[int, int], stride: int) -> Scores:
-    """One patch of every stride x stride stays, the same one in every cell; the first noise values say which."""
+    """Score patches so that one of every stride x stride stays, the same in every cell; the first noise picks it."""
     offset = jnp.argmin(noise[:, : stride**2], axis=1)[:, None]
     row, column = jnp.divmod(jnp.arange(grid[0] * grid[1]), grid[1])
     return ((row % stride) * stride + column % stride != offset).astype(jnp.int32)
 
 
 def block_scores(noise: Noise, grid: tuple[int, int]) -> Scores:
-    """Large rectangles are hidden, one after another, the last one only in part (as Bao et al. 2021).
+    """Score patches so that large rectangles are hidden, one after another (as Bao et al. 2021); the last may be cut.
 
     Four noise values make a rectangle: area, aspect, top, left. A patch is hidden with the first rectangle
     that covers it, row by row inside one; what none covers comes last.
     """
     rows, columns = grid
     count = rows * columns // 4
+    # Draw rectangles, each (batch, count, 1): area and aspect first, since the free places depend on them.
     area, aspect, top, left = jnp.moveaxis(noise[:, : 4 * count].reshape(-1, count, 4, 1), 2, 0)
     low, high = BLOCK_AREA
     area = rows * columns * (low + (high - low) * area)
@@ -71,6 +72,8 @@ def block_scores(noise: Noise, grid: tuple[int, int]) -> Scores:
     width = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 1, columns)
     top = jnp.floor(top * (rows - height + 1))
     left = jnp.floor(left * (columns - width + 1))
+    # For each patch, the first rectangle that covers it, or `count`. Its rank is (that rectangle, its own index), and
+    # the lowest ranks are to be hidden; since the smallest scores stay visible, the score is the rank negated.
     patch = jnp.arange(rows * columns)
     row, column = (axis.astype(noise.dtype) for axis in jnp.divmod(patch, columns))
     covered = (top <= row) & (row < top + height) & (left <= column) & (column < left + width)
@@ -79,7 +82,7 @@ def block_scores(noise: Noise, grid: tuple[int, int]) -> Scores:
 
 
 def make_mask(noise: Noise, config: ModelConfig) -> Mask:
-    """The mask that `config.masking` and `config.mask_ratio` make of this noise."""
+    """Make the mask of this noise, as `config.masking` and `config.mask_ratio` have it."""
     if config.masking == "grid":
         return keep_smallest(grid_scores(noise, config.grid, config.grid_stride), config.keep)
     if config.masking == "block":

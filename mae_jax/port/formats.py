@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from mae_jax.config import ClassifierConfig
 from mae_jax.errors import StatedError
 from mae_jax.port.keys import Config, Part, encoder_config
 from mae_jax.port.tensors import SAFETENSORS, TORCH_SUFFIXES
@@ -21,7 +20,7 @@ _FILES: dict[Format, tuple[str, tuple[str, ...]]] = {
 
 
 def is_folder(destination: Path, to: Format) -> bool:
-    """Whether a folder is to be written: always for some formats, and where the destination has no known ending.
+    """Return whether a folder is to be written: always by some formats, by the others where no known ending is given.
 
     Raises:
       StatedError: the destination has the ending of a file that this format is not.
@@ -30,32 +29,36 @@ def is_folder(destination: Path, to: Format) -> bool:
     known = suffix in (*TORCH_SUFFIXES, SAFETENSORS)
     if to not in _FILES:
         if known:
-            raise StatedError(f"{destination}: {to} is a folder, not a {suffix} file; leave the ending off")
+            raise StatedError(
+                f"{destination}: {to} is a folder, not a {suffix} file; leave the ending off", field="destination"
+            )
         return True
     if known and suffix not in _FILES[to][1]:
-        raise StatedError(f"{destination}: {to} cannot be a {suffix} file ({', '.join(_FILES[to][1])})")
+        raise StatedError(
+            f"{destination}: {to} cannot be a {suffix} file ({', '.join(_FILES[to][1])})", field="destination"
+        )
     return not known
 
 
 def file_in(folder: Path, to: Format) -> Path:
-    """The weights' file in a folder that a format writes."""
+    """Return the weights' file in a folder that a format writes."""
     return folder / (_FILES[to][0] if to in _FILES else "model.safetensors")
 
 
 def require_expressible(config: Config, to: Format, part: Part) -> None:
-    """Refuse what a format cannot say.
+    """Refuse a model that a format cannot express.
 
     Raises:
       StatedError: with every reason.
     """
     reasons = list(_reasons(config, to, part))
     if reasons:
-        raise StatedError(f"{to} cannot express this model: {'; '.join(reasons)}")
+        raise StatedError(f"{to} cannot express this model: {'; '.join(reasons)}", field="to")
 
 
 def _reasons(config: Config, to: Format, part: Part) -> Iterator[str]:
     model = encoder_config(config)
-    if isinstance(config, ClassifierConfig):
+    if config.kind == "classifier":
         if to not in ("fair", "timm"):
             yield "it is a classifier, which goes to fair or timm"
         elif part == "encoder" and config.pooling == "mean":
@@ -86,13 +89,13 @@ def _reasons(config: Config, to: Format, part: Part) -> Iterator[str]:
 
 
 def remarks(config: Config, to: Format, part: Part) -> Iterator[str]:
-    """What a user of the written file should know."""
+    """List what a user of the written file should know."""
     model = encoder_config(config)
-    if to == "timm" and isinstance(config, ClassifierConfig) is False and part == "all":
+    if to == "timm" and config.kind == "mae" and part == "all":
         yield "timm takes the encoder alone: the decoder is left out"
     if part == "encoder" or to in ("jax", "timm"):
         return
-    if model.positions == "learned" and not isinstance(config, ClassifierConfig):
+    if model.positions == "learned" and config.kind == "mae":
         yield f"learned positions are carried over, but {to} freezes them when it trains"
     if to.startswith("lightly") and model.norm_pix_loss:
         yield "Lightly's loss knows no normalised pixels: this model predicts them"

@@ -1,6 +1,6 @@
 """Weights between this project's parameters and the authors' checkpoints (PyTorch, `checkpoint["model"]`).
 
-One table says which tensor is which and how its axes are laid out; both directions read it. All is NumPy.
+One table lists which tensor is which and how its axes are laid out; both directions read it. All is NumPy.
 """
 
 import difflib
@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float
 
 from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
+from mae_jax.errors import shown_name
 from mae_jax.models import Params
-from mae_jax.models.positions import fixed_positions
+from mae_jax.models.patches import fixed_positions
 
 Config = ModelConfig | ClassifierConfig
 Part = Literal["all", "encoder"]
@@ -27,7 +28,7 @@ _TABLE_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-3, "bfloat16
 
 
 def is_table(stored: np.ndarray, computed: np.ndarray) -> bool:
-    """Whether a stored position table is the computed one, rounded."""
+    """Return whether a stored position table is the computed one, rounded."""
     apart = np.abs(stored.astype(np.float64) - computed).max()
     return bool(apart <= _TABLE_TOLERANCE.get(stored.dtype.name, 0.0))
 
@@ -47,17 +48,17 @@ class Entry:
 
 
 def encoder_config(config: Config) -> ModelConfig:
-    """What says how the encoder is built."""
-    return config.model if isinstance(config, ClassifierConfig) else config
+    """Return the model whose encoder this is: the configuration itself, or a classifier's."""
+    return config.model if config.kind == "classifier" else config
 
 
 def entries(config: Config, part: Part = "all") -> Iterator[Entry]:
-    """The table, in the order of the data: every trained tensor of this configuration, or of its encoder alone."""
-    pools_by_mean = isinstance(config, ClassifierConfig) and config.pooling == "mean"
+    """Go through the table in the order of the data: every trained tensor of a configuration, or of its encoder."""
+    pools_by_mean = config.kind == "classifier" and config.pooling == "mean"
     yield from _encoder(encoder_config(config), norm=not pools_by_mean)
     if part == "encoder":
         return
-    if isinstance(config, ClassifierConfig):
+    if config.kind == "classifier":
         width = config.model.encoder.width
         if pools_by_mean:
             yield from _norm("fc_norm", ("fc_norm",), width)
@@ -67,8 +68,8 @@ def entries(config: Config, part: Part = "all") -> Iterator[Entry]:
 
 
 def fitted_entries(config: Config, part: Part = "all") -> Iterator[Entry]:
-    """The same of a PCA target, which is fitted to data before training; no PyTorch library knows it."""
-    if isinstance(config, ModelConfig) and part == "all" and config.pca_components is not None:
+    """Go through the tensors of a PCA target, which are fitted to data before training; no PyTorch library has them."""
+    if config.kind == "mae" and part == "all" and config.pca_components is not None:
         yield Entry("target.mean", ("target", "mean"), (config.patch_dim,))
         yield Entry("target.basis", ("target", "basis"), (config.patch_dim, config.pca_components))
 
@@ -124,26 +125,36 @@ def _norm(key: str, path: tuple[str, ...], width: int) -> Iterator[Entry]:
 
 
 def frozen_tables(config: Config, part: Part = "all") -> dict[str, Float[np.ndarray, "1 tokens width"]]:
-    """The position tables that checkpoints hold though they are never trained; none where positions are learned."""
+    """Compute the position tables that checkpoints hold though they are never trained; none where they are learned."""
+    return {key: _frozen_table(config, shape[2]) for key, shape in _frozen_shapes(config, part).items()}
+
+
+def _frozen_table(config: Config, width: int) -> Float[np.ndarray, "1 tokens width"]:
+    model = encoder_config(config)
+    return fixed_positions(model.positions, width, model.grid, model.class_token)[None].astype(np.float32)
+
+
+def _frozen_shapes(config: Config, part: Part) -> dict[str, tuple[int, int, int]]:
+    """Return the shapes of these tables, which a file may claim to be of any size."""
     model = encoder_config(config)
     if model.positions == "learned":
         return {}
-    widths = {"pos_embed": model.encoder.width}
-    if part == "all" and isinstance(config, ModelConfig):
-        widths["decoder_pos_embed"] = model.decoder.width
-    return {
-        key: fixed_positions(model.positions, width, model.grid, model.class_token)[None].astype(np.float32)
-        for key, width in widths.items()
-    }
+    tokens = model.num_patches + model.class_token
+    shapes = {"pos_embed": (1, tokens, model.encoder.width)}
+    if part == "all" and config.kind == "mae":
+        shapes["decoder_pos_embed"] = (1, tokens, model.decoder.width)
+    return shapes
 
 
 def shapes(config: Config, part: Part = "all") -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The shape of each tensor that has to be there, and of each that is not trained, which may be."""
+    """Return the shape of each tensor that has to be there, and of each that is not trained, which may be."""
     return (
         {entry.key: entry.shape for entry in entries(config, part)},
-        {key: table.shape for key, table in frozen_tables(config, part).items()}
-        | {entry.key: entry.shape for entry in fitted_entries(config, part)},
+        _frozen_shapes(config, part) | {entry.key: entry.shape for entry in fitted_entries(config, part)},
     )
+
+
+_MOST_NAMED = 50  # faults, and unknown keys for which one of a like name is looked for
 
 
 def key_faults(
@@ -151,14 +162,15 @@ def key_faults(
     required: Mapping[str, tuple[int, ...]],
     optional: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
-    """Every key that is missing, unknown (with the missing one that is named most like it), or wrongly shaped."""
+    """List the keys that are missing, unknown (with the missing one that is named most like it), or wrongly shaped."""
     expected = {**required, **optional}
     missing = [key for key in required if key not in tensors]
     faults = [f"{key} is missing" for key in missing]
-    for key in tensors:
-        if key not in expected:
-            near = difflib.get_close_matches(key, missing or list(expected), n=1)
-            faults.append(f"{key} is unknown" + (f" (nearest: {near[0]})" if near else ""))
+    for number, key in enumerate(key for key in tensors if key not in expected):
+        # A file can hold any number of unknown keys of any length: each comparison takes milliseconds.
+        likely = number < _MOST_NAMED and len(key) < 200
+        near = difflib.get_close_matches(key, missing or list(expected), n=1) if likely else []
+        faults.append(f"{shown_name(key)} is unknown" + (f" (nearest: {near[0]})" if near else ""))
     faults += [
         f"{key} has shape {tuple(tensors[key].shape)}, not {shape}"
         for key, shape in expected.items()
@@ -167,21 +179,29 @@ def key_faults(
     return faults
 
 
+def do_not_fit(what: str, faults: list[str]) -> ValueError:
+    """Return the error of tensors or parameters with these faults; it lists the first fifty."""
+    rest = f"; and {len(faults) - _MOST_NAMED} more" if len(faults) > _MOST_NAMED else ""
+    return ValueError(f"the {what} do not fit the configuration: " + "; ".join(faults[:_MOST_NAMED]) + rest)
+
+
 def from_fair(tensors: Mapping[str, np.ndarray], config: Config, part: Part = "all") -> Params:
-    """Parameters from the authors' tensors; frozen position tables may be there, and are then checked.
+    """Make parameters of the authors' tensors; frozen position tables may be there, and are then checked.
 
     Raises:
       ValueError: keys are missing, unknown, wrongly shaped, or a frozen table is another one; all are listed.
     """
-    frozen, positions = frozen_tables(config, part), encoder_config(config).positions
+    positions = encoder_config(config).positions
     faults = key_faults(tensors, *shapes(config, part))
     faults += [
         f"{key} is not the {positions} table (load it with positions='learned')"
-        for key, values in frozen.items()
-        if key in tensors and tensors[key].shape == values.shape and not is_table(tensors[key], values)
+        for key, shape in _frozen_shapes(config, part).items()
+        if key in tensors
+        and tensors[key].shape == shape
+        and not is_table(tensors[key], _frozen_table(config, shape[2]))
     ]
     if faults:
-        raise ValueError("the tensors do not fit the configuration: " + "; ".join(faults))
+        raise do_not_fit("tensors", faults)
 
     params: Params = {}
     fitted = (entry for entry in fitted_entries(config, part) if entry.key in tensors)
@@ -195,7 +215,7 @@ def from_fair(tensors: Mapping[str, np.ndarray], config: Config, part: Part = "a
 
 
 def to_fair(params: Mapping[str, Any], config: Config, part: Part = "all") -> Tensors:
-    """The authors' tensors from parameters, frozen position tables included.
+    """Make the authors' tensors of parameters, frozen position tables included.
 
     Raises:
       ValueError: parameters are missing, unknown or wrongly shaped; all are listed.
@@ -215,7 +235,7 @@ def to_fair(params: Mapping[str, Any], config: Config, part: Part = "all") -> Te
             continue
         tensors[entry.key] = _to_torch(values, entry)
     if faults:
-        raise ValueError("the parameters do not fit the configuration: " + "; ".join(sorted(faults)))
+        raise do_not_fit("parameters", sorted(faults))
     return tensors | frozen_tables(config, part)
 
 

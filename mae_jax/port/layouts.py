@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from mae_jax.errors import StatedError
-from mae_jax.port.keys import Config, Part, Tensors, key_faults, shapes
+from mae_jax.errors import StatedError, shown_name
+from mae_jax.port.keys import Config, Part, Tensors, do_not_fit, key_faults, shapes
 
 Name = Literal["fair", "timm", "huggingface", "lightly", "lightly-deprecated"]
 
@@ -24,7 +24,7 @@ PATCH_PROJECTION = "patch_embed.proj.weight"
 class Layout:
     """A library's spelling: one of the authors' names to one name there, or to three parts to be stacked.
 
-    unused: names of tensors that may be there and say nothing of the model, as a pattern.
+    unused: a pattern of the names of tensors that may be there and are no part of the model.
     """
 
     name: Name
@@ -33,7 +33,7 @@ class Layout:
 
 
 def in_decoder(key: str) -> bool:
-    """Whether one of the authors' names is the decoder's."""
+    """Return whether one of the authors' names is the decoder's."""
     return key == "mask_token" or key.startswith("decoder_")
 
 
@@ -94,7 +94,7 @@ Stack = tuple[str, Spelling]
 def hugging_face(
     prefix: str = "vit.", encoder: Stack = _ENCODER_STACKS[0], decoder: Stack = _DECODER_STACKS[0]
 ) -> Layout:
-    """ViTMAEForPreTraining with the prefix `vit.`, ViTMAEModel with none; as transformers 4 spells it by default."""
+    """Return the layout of ViTMAEForPreTraining (prefix `vit.`) or ViTMAEModel (none), by default as transformers 4."""
 
     def rename(key: str) -> tuple[str, ...]:
         block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", key)
@@ -135,7 +135,7 @@ LAYOUTS = (
 
 
 def written(name: Name) -> Layout:
-    """The layout that is written under this name."""
+    """Return the layout that is written under this name."""
     return {
         "fair": FAIR,
         "timm": TIMM,
@@ -145,13 +145,13 @@ def written(name: Name) -> Layout:
     }[name]
 
 
-# Keys that tell the layouts apart; each has several in a block, so that one that is missing can still be named.
+# Keys in which the layouts differ; each has several in a block, so that one that is missing can still be named.
 _SIGNATURE = tuple(f"blocks.0.{module}.weight" for module in ("norm1", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
 _DECODER_SIGNATURE = ("decoder_embed.weight", *(f"decoder_{key}" for key in _SIGNATURE))
 
 
 def detect(keys: Iterable[str]) -> tuple[Layout, str] | None:
-    """The layout of these names, and what stands before each of them (`module.`, a Lightning attribute, nothing).
+    """Find the layout of these names, and what stands before each of them (`module.`, a Lightning attribute, nothing).
 
     Raises:
       StatedError: there are two such models beside each other.
@@ -173,20 +173,22 @@ def detect(keys: Iterable[str]) -> tuple[Layout, str] | None:
                 alike.add(prefix)
     if len(alike) > 1:
         raise StatedError(
-            f"two models lie beside each other, under {' and '.join(map(repr, sorted(alike)))}: save the one alone"
+            f"two models lie beside each other, under {' and '.join(repr(shown_name(p)) for p in sorted(alike)[:4])}: "
+            "save the one alone",
+            field="source",
         )
     return None if best is None else best[1:]
 
 
 def _prefixes(names: set[str], layout: Layout) -> list[str]:
-    """What stands before the tensors that begin a model, by any of those that might be there."""
+    """Find what stands before the tensors that begin a model, by any of those that might be there."""
     first = [layout.rename(key)[0] for key in (PATCH_PROJECTION, "patch_embed.proj.bias", *_SIGNATURE[:2])]
     found = {key.removesuffix(name) for name in first for key in names if key.endswith(name)}
     return sorted((prefix for prefix in found if not prefix or prefix.endswith(".")), key=lambda p: (len(p), p))
 
 
 def from_layout(tensors: Tensors, layout: Layout, config: Config, part: Part = "all") -> Tensors:
-    """The authors' tensors from another library's.
+    """Rename another library's tensors to the authors' names.
 
     Raises:
       ValueError: keys are missing, unknown or wrongly shaped; all are listed, under that library's names.
@@ -194,7 +196,7 @@ def from_layout(tensors: Tensors, layout: Layout, config: Config, part: Part = "
     required, optional = (_renamed(table, layout) for table in shapes(config, part))
     faults = key_faults(tensors, required, optional)
     if faults:
-        raise ValueError("the tensors do not fit the configuration: " + "; ".join(faults))
+        raise do_not_fit("tensors", faults)
     renamed = {}
     for table in shapes(config, part):
         for key in table:
@@ -206,7 +208,7 @@ def from_layout(tensors: Tensors, layout: Layout, config: Config, part: Part = "
 
 
 def to_layout(tensors: Tensors, layout: Layout) -> Tensors:
-    """The authors' tensors under another library's names."""
+    """Rename the authors' tensors to another library's names."""
     renamed: Tensors = {}
     for key, values in tensors.items():
         names = layout.rename(key)
@@ -215,7 +217,7 @@ def to_layout(tensors: Tensors, layout: Layout) -> Tensors:
 
 
 def _renamed(table: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Shapes under the layout's names."""
+    """Return a table of shapes under the layout's names."""
     return {
         name: (shape[0] // len(names), *shape[1:]) for key, shape in table.items() for names in [layout.rename(key)]
         for name in names

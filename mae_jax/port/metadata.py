@@ -1,20 +1,22 @@
-"""What a checkpoint tells of itself beside its tensors: its arguments, config.json, preprocessor_config.json."""
+"""What a checkpoint holds beside its tensors: its arguments, config.json, preprocessor_config.json."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_jax.errors import StatedError
+from mae_jax import files
+from mae_jax.errors import StatedError, shown
 from mae_jax.port.infer_config import Hints
 
 CONFIG = "config.json"
 _PREPROCESSOR = "preprocessor_config.json"
+_MOST_BYTES = 4 << 20  # of such a file; they have thousands, and Python's objects take up to thirty times as much
 _LARGEST = 3.4e38  # of float32; nan is not below it either
+_LARGEST_COUNT = 2**31  # of heads and pixels
 
 
-def said_in(folder: Path) -> dict[str, Any]:
-    """What config.json says, and under `preprocessor` what preprocessor_config.json does.
+def metadata_beside(folder: Path) -> dict[str, Any]:
+    """Return what config.json holds, and under `preprocessor` what preprocessor_config.json does.
 
     Raises:
       StatedError: one of them cannot be read.
@@ -23,109 +25,129 @@ def said_in(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's object; {} where there is no file.
+    """Read a file's object; {} where there is no file.
 
     Raises:
-      StatedError: it is not JSON, or no object.
+      StatedError: it cannot be read, is no JSON, or no object; its field is the file's name.
     """
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StatedError(f"{path} is not JSON: {error}") from error
+        values = files.read_json(path, path.name, _MOST_BYTES)
+    except OSError as error:
+        raise StatedError(f"{path} cannot be read: {error.strerror}", field=path.name) from error
     if not isinstance(values, dict):
-        raise StatedError(f"{path} holds {type(values).__name__}, not a configuration")
+        raise StatedError(f"{path} holds {type(values).__name__}, not a configuration", field=path.name)
     return values
 
 
-def hints_in(said: Mapping[str, Any], path: Path) -> Hints:
-    """What arguments or a config.json say, under the names of the authors, of Hugging Face or of this project.
+def hints_in(metadata: Mapping[str, Any], path: Path) -> Hints:
+    """Return the hints among arguments or in a config.json, by the names of the authors, Hugging Face or this project.
 
-    path: the file that says it.
+    path: the file that holds them.
 
     Raises:
-      StatedError: a value is of another type, or a number of heads is less than 1.
+      StatedError: a value is of another type, or a number is out of all bounds; its field is the value's name.
     """
 
     def first(*names: str) -> tuple[str, Any]:
-        return next(((name, said[name]) for name in names if said.get(name) is not None), (names[0], None))
+        return next(((name, metadata[name]) for name in names if metadata.get(name) is not None), (names[0], None))
 
-    def number(kind: Any, *names: str) -> Any:
+    def count(what: str, *names: str) -> int | None:
         name, value = first(*names)
-        if value is not None and not isinstance(value, kind):
-            raise StatedError(f"{path} says {name} {value!r}, which is no {getattr(kind, '__name__', 'number')}")
+        if value is not None and not _is_count(value):
+            raise _unusable(path, name, value, f"no {what}, 1 or more")
         return value
 
-    def heads(*names: str) -> Any:
-        value = number(int, *names)
-        if value is not None and (isinstance(value, bool) or value < 1):
-            raise StatedError(f"{path} says {first(*names)[0]} {value!r}, which is no number of heads, 1 or more")
-        return value
-
-    name, size = first("image_size", "input_size")
-    pair = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)
-    if not (pair or isinstance(size, int | None)):
-        raise StatedError(f"{path} says {name} {size!r}, which is not a side, nor height and width")
+    size_name, size = first("image_size", "input_size")
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
+    if size is not None and not all(_is_count(side) for side in sides):
+        raise _unusable(path, size_name, size, "not a side, nor height and width")
+    ratio_name, ratio = first("mask_ratio")
+    if ratio is not None and not _is_number(ratio):
+        raise _unusable(path, ratio_name, ratio, "no number")
+    norm_name, norm = first("norm_pix_loss")
+    if not isinstance(norm, int | None):  # True and False are ints, and some write 0 and 1
+        raise _unusable(path, norm_name, norm, "neither true nor false")
     return Hints(
-        encoder_heads=heads("encoder_heads", "num_attention_heads"),
-        decoder_heads=heads("decoder_heads", "decoder_num_attention_heads"),
+        encoder_heads=count("number of heads", "encoder_heads", "num_attention_heads"),
+        decoder_heads=count("number of heads", "decoder_heads", "decoder_num_attention_heads"),
         image_size=tuple(size) if isinstance(size, list) else size,
-        mask_ratio=number(int | float, "mask_ratio"),
-        norm_pix_loss=number(int, "norm_pix_loss"),  # True and False are ints, and some write 0 and 1
+        mask_ratio=ratio,
+        norm_pix_loss=None if norm is None else bool(norm),
     )
 
 
-def check_settings(said: Mapping[str, Any], path: Path, notes: list[str]) -> None:
-    """Refuse or note the settings of a Hugging Face configuration that this project's model does not have.
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < _LARGEST_COUNT
 
-    path: the file that says them.
+
+def _is_number(value: Any, above: float = -_LARGEST) -> bool:
+    """Return whether a value is a finite number, no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < _LARGEST
+
+
+def _unusable(path: Path, name: str, value: Any, what: str) -> StatedError:
+    return StatedError(f"{path} has {name} {shown(value)}, which is {what}: correct it there", field=name)
+
+
+def check_architecture(metadata: Mapping[str, Any], path: Path, notes: list[str]) -> None:
+    """Refuse or note the choices of a Hugging Face configuration that this project's model does not have.
+
+    path: the file that holds them.
 
     Raises:
       StatedError: hidden_act is another.
     """
-    activation = said.get("hidden_act", "gelu")
+    activation = metadata.get("hidden_act", "gelu")
     if activation != "gelu":
-        raise StatedError(f"{path} says hidden_act {activation!r}; only the exact gelu is computed here")
-    eps = said.get("layer_norm_eps", 1e-12 if said.get("model_type") == "vit_mae" else 1e-6)  # their default
+        raise StatedError(
+            f"{path} has hidden_act {shown(activation)}; only the exact gelu is computed here", field="hidden_act"
+        )
+    eps = metadata.get("layer_norm_eps", 1e-12 if metadata.get("model_type") == "vit_mae" else 1e-6)  # their default
     if eps != 1e-6:
-        notes.append(f"config.json says layer_norm_eps {eps}; here LayerNorms have the authors' 1e-6")
+        notes.append(f"config.json has layer_norm_eps {shown(eps)}; here LayerNorms have the authors' 1e-6")
 
 
 def normalisation_in(
-    arguments: Mapping[str, Any], file: Path, said: Mapping[str, Any], folder: Path, channels: int
+    arguments: Mapping[str, Any], file: Path, metadata: Mapping[str, Any], folder: Path, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation from the file itself, a preprocessor_config.json, or timm's config.json, if one has them.
+    """Return mean and deviation from the file itself, a preprocessor_config.json, or timm's config.json.
 
     Args:
-      arguments: What the file says beside its tensors.
+      arguments: What the file holds beside its tensors.
       file: Is named where that cannot be.
-      said: What `said_in` found beside the file.
+      metadata: What `metadata_beside` found beside the file.
       folder: In which it found it.
       channels: Of the images; lists of another length are passed over.
 
     Raises:
       StatedError: one of the lists holds what is no finite number, or a deviation that is not positive.
     """
-    pretrained = said.get("pretrained_cfg") or {}
+    pretrained = metadata.get("pretrained_cfg") or {}
     if not isinstance(pretrained, Mapping):
-        raise StatedError(f"{folder / CONFIG} says pretrained_cfg {pretrained!r}, which is no object: leave it out")
+        raise StatedError(
+            f"{folder / CONFIG} has pretrained_cfg {shown(pretrained)}, which is no object: leave it out",
+            field="pretrained_cfg",
+        )
     sources: tuple[tuple[Path, Mapping[str, Any]], ...] = (
         (file, arguments),
-        (folder / _PREPROCESSOR, said.get("preprocessor") or {}),
+        (folder / _PREPROCESSOR, metadata.get("preprocessor") or {}),
         (folder / CONFIG, pretrained),
     )
     for path, values in sources:
         for names in (("image_mean", "image_std"), ("mean", "std")):
-            found: list[Any] = [values.get(name) for name in names]
-            if all(isinstance(one, list) and len(one) == channels for one in found):
-                _require_finite(found[0], names[0], path, -_LARGEST, "finite number")
-                _require_finite(found[1], names[1], path, 0.0, "positive finite number")
-                return tuple(found[0]), tuple(found[1])
+            mean, std = (values.get(name) for name in names)
+            if all(isinstance(one, list) and len(one) == channels for one in (mean, std)):
+                _require_finite(mean, names[0], path, -_LARGEST, "finite number")
+                _require_finite(std, names[1], path, 0.0, "positive finite number")
+                return tuple(mean or ()), tuple(std or ())
     return None
 
 
-def _require_finite(values: list[Any], name: str, path: Path, above: float, kind: str) -> None:
+def _require_finite(values: Any, name: str, path: Path, above: float, kind: str) -> None:
     for value in values:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < _LARGEST:
-            raise StatedError(f"{path} says {name} {values!r}, of which {value!r} is no {kind}: correct it there")
+        if not _is_number(value, above):
+            raise StatedError(
+                f"{path} has {name} {shown(values)}, of which {shown(value)} is no {kind}: correct it there", field=name
+            )

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from mae_jax.config import IMAGENET_MEAN, IMAGENET_STD, ClassifierConfig, ModelConfig, Size
+from mae_jax.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, Size
 from mae_jax.errors import StatedError
 from mae_jax.models import Params
-from mae_jax.models.positions import resize_positions
+from mae_jax.models.patches import resize_positions
 from mae_jax.port.keys import Config, Part, Tensors, encoder_config
 
 
@@ -26,17 +26,17 @@ class Weights:
     origin: str
     tensors: Tensors | None = None
     notes: tuple[str, ...] = ()
-    normalisation_told: bool = True  # mean and std are the source's own, not what is usual
+    normalisation_known: bool = True  # mean and std are the source's own, not what is usual
     resized: bool = False  # for images of another size than the tensors were made for
 
 
 def default_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation where nothing says them: ImageNet's for three channels, 0.5 for others."""
+    """Return mean and deviation where none are known: ImageNet's for three channels, 0.5 for others."""
     return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
 
 
 def for_image_size(weights: Weights, size: Size) -> Weights:
-    """The same weights for images of another size: frozen positions are computed anew, learned ones resized.
+    """Fit weights to images of another size: frozen positions are computed anew, learned ones resized.
 
     Raises:
       StatedError: patches do not divide that size.
@@ -45,7 +45,7 @@ def for_image_size(weights: Weights, size: Size) -> Weights:
     try:
         new = replace(old, image_size=size)
     except ValueError as error:
-        raise StatedError(str(error)) from error
+        raise StatedError(str(error), field="image_size") from error
     if new.grid == old.grid:
         return replace(weights, config=_with_model(weights.config, new))
     params = weights.params
@@ -65,4 +65,4 @@ def for_image_size(weights: Weights, size: Size) -> Weights:
 
 
 def _with_model(config: Config, model: ModelConfig) -> Config:
-    return replace(config, model=model) if isinstance(config, ClassifierConfig) else model
+    return replace(config, model=model) if config.kind == "classifier" else model

@@ -1,8 +1,11 @@
 """Writing: `Weights` to a file or folder in a library's own layout."""
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +19,25 @@ from mae_jax.models import Params
 from mae_jax.port.formats import Format, file_in, is_folder, require_expressible
 from mae_jax.port.keys import Config, Part, Tensors, encoder_config, to_fair
 from mae_jax.port.layouts import to_layout, written
-from mae_jax.port.tensors import SAFETENSORS, beside, write_safetensors, write_torch
+from mae_jax.port.tensors import SAFETENSORS, write_safetensors, write_torch
 from mae_jax.port.weights import Weights, default_normalisation
 from mae_jax.storage.checkpoints import save_params
 
 FileDtype = Literal["float32", "float16", "bfloat16"]
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# All that a port puts into a folder: --force replaces folders that hold nothing else.
+PORTED_NAMES = frozenset(
+    {
+        "config.json",
+        "preprocessor_config.json",
+        "model.safetensors",
+        "checkpoint.pth",
+        "state",
+        "record",
+        "_CHECKPOINT_METADATA",
+        "commit_success.txt",
+    }
+)
 _BICUBIC = 3  # Pillow's number, in a preprocessor_config.json
 
 
@@ -65,7 +81,7 @@ def save_torch(
         mean or defaults[0],
         std or defaults[1],
         "parameters",
-        normalisation_told=mean is not None and std is not None,
+        normalisation_known=mean is not None and std is not None,
     )
     destination = Path(destination)
     require_expressible(config, layout, part)
@@ -94,7 +110,7 @@ def write(
         try:
             tensors = _tensors(weights, to, part)
         except ValueError as error:
-            raise StatedError(str(error)) from error
+            raise StatedError(str(error), field="params") from error
         tensors = {key: values.astype(_DTYPES[dtype]) for key, values in tensors.items()}
         size = sum(values.nbytes for values in tensors.values())
         folder = is_folder(path, to)
@@ -107,7 +123,7 @@ def write(
         else:
             write_torch(file, tensors, arguments if to == "fair" else None)
         if to == "huggingface":
-            assert isinstance(weights.config, ModelConfig)  # no other is expressible
+            assert weights.config.kind == "mae"  # no other is expressible
             for name, values in {
                 "config.json": hugging_face_config(weights.config, part, dtype),
                 "preprocessor_config.json": hugging_face_processor(weights),
@@ -116,11 +132,12 @@ def write(
     except (OSError, RuntimeError) as error:  # torch and safetensors raise their own for a full disk
         if isinstance(error, StatedError):
             raise
-        raise StatedError(f"{destination} cannot be written: {_fault(error, path.parent, size)}") from error
+        reason = _why_not_written(error, path.parent, size)
+        raise StatedError(f"{destination} cannot be written: {reason}", field="destination") from error
 
 
-def _fault(error: Exception, folder: Path, size: int) -> str:
-    """Why files of so many bytes could not be written: torch does not say that a disk is full."""
+def _why_not_written(error: Exception, folder: Path, size: int) -> str:
+    """Explain why files of so many bytes could not be written: torch does not name a full disk."""
     half = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # removed on the way out
     free = shutil.disk_usage(folder).free + half
     if free < size:
@@ -132,9 +149,9 @@ def _fault(error: Exception, folder: Path, size: int) -> str:
 
 
 def _tensors(weights: Weights, to: Format, part: Part) -> Tensors:
-    """Everything that the format holds, under its names."""
+    """Return every tensor that the format holds, under its names."""
     assert to != "jax"
-    if to == "timm" and isinstance(weights.config, ModelConfig):
+    if to == "timm" and weights.config.kind == "mae":
         part = "encoder"
     tensors = to_fair(weights.params, weights.config, part)
     tensors.pop("encoder_mask_token", None)  # an encoder that sees every patch does not use it
@@ -149,25 +166,25 @@ def _tensors(weights: Weights, to: Format, part: Part) -> Tensors:
 
 
 def _arguments(weights: Weights, part: Part) -> dict[str, Any]:
-    """What no tensor tells, for whoever reads the file here again."""
+    """Return what is in no tensor, for whoever reads the file here again."""
     config, model = weights.config, encoder_config(weights.config)
-    said: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "encoder_heads": model.encoder.heads,
         "image_size": model.image_size if isinstance(model.image_size, int) else list(model.image_size),
     }
-    if isinstance(config, ModelConfig) and part == "all":
-        said |= {
+    if config.kind == "mae" and part == "all":
+        arguments |= {
             "decoder_heads": model.decoder.heads,
             "mask_ratio": model.mask_ratio,
             "norm_pix_loss": model.norm_pix_loss,
         }
-    if weights.normalisation_told:
-        said |= {"image_mean": list(weights.mean), "image_std": list(weights.std)}
-    return said
+    if weights.normalisation_known:
+        arguments |= {"image_mean": list(weights.mean), "image_std": list(weights.std)}
+    return arguments
 
 
 def hugging_face_config(model: ModelConfig, part: Part, dtype: FileDtype) -> Mapping[str, Any]:
-    """config.json of a ViTMAE model. LayerNorms are computed with the authors' eps: the library's default is 1e-12."""
+    """Return config.json of a ViTMAE model, with the authors' eps of LayerNorms: the library's default is 1e-12."""
     encoder, decoder = model.encoder, model.decoder
     return {
         "architectures": ["ViTMAEForPreTraining" if part == "all" else "ViTMAEModel"],
@@ -196,7 +213,7 @@ def hugging_face_config(model: ModelConfig, part: Part, dtype: FileDtype) -> Map
 
 
 def hugging_face_processor(weights: Weights) -> Mapping[str, Any]:
-    """preprocessor_config.json: bytes to 0 .. 1, resized to the model's size, normalised as in training."""
+    """Return preprocessor_config.json: resized to the model's size, bytes to 0 .. 1, normalised as in training."""
     height, width = encoder_config(weights.config).image_hw
     return {
         "image_processor_type": "ViTImageProcessor",
@@ -212,10 +229,61 @@ def hugging_face_processor(weights: Weights) -> Mapping[str, Any]:
 
 
 def _write_jax(weights: Weights, path: Path, params: Params) -> None:
-    """A checkpoint of this project without optimizer state, which every command reads."""
-    assert isinstance(weights.config, ModelConfig)  # no other is expressible
+    """Write a checkpoint of this project without optimizer state, which every command reads."""
+    assert weights.config.kind == "mae"  # no other is expressible
     augment = AugmentConfig(mean=weights.mean, std=weights.std)
     try:
         save_params(path, PretrainConfig(model=weights.config, augment=augment), params)
     except ValueError as error:  # Orbax's, for what the operating system refuses
         raise OSError(str(error)) from error
+
+
+@contextlib.contextmanager
+def beside(destination: Path, force: bool) -> Iterator[Path]:
+    """Give a path beside the destination to write to; it is moved into place if all goes well, else removed.
+
+    Raises:
+      StatedError: the destination exists and `force` is not given, holds other things than a port, or its folder
+        cannot be written to.
+    """
+    destination = destination.absolute()
+    require_replaceable(destination, force)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
+    except OSError as error:
+        raise StatedError(
+            f"{destination.parent} cannot be written to: {error.strerror}", field="destination"
+        ) from error
+    old, fresh = folder / "old", folder / destination.name
+    try:
+        yield fresh
+        require_replaceable(destination, force)  # once more: it may have come, or changed, in the meantime
+        if os.path.lexists(destination):
+            os.replace(destination, old)  # a folder cannot be moved onto another
+        os.replace(fresh, destination)
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(destination):
+            os.replace(old, destination)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_replaceable(destination: Path, force: bool) -> None:
+    """Refuse a destination that must not be replaced.
+
+    Raises:
+      StatedError: the destination exists and `force` is not given, or it holds other things than a port.
+    """
+    if not os.path.lexists(destination):
+        return
+    if not force:
+        raise StatedError(f"{destination} exists; --force replaces it", field="destination")
+    if destination.is_dir():
+        others = sorted(child.name for child in destination.iterdir() if child.name not in PORTED_NAMES)
+        if others:
+            raise StatedError(
+                f"{destination} holds other things than a ported model ({', '.join(others[:5])}) and is not replaced: "
+                "choose another folder, or remove it",
+                field="destination",
+            )

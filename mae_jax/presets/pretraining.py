@@ -86,7 +86,7 @@ def cifar10_tiny() -> PretrainConfig:
 def mnist_tutorial() -> PretrainConfig:
     """155 thousand parameters on MNIST's 28x28 digits, patch 4, no class token: the size of a tutorial.
 
-    mae-jax pretrain mnist_tutorial    (TFDS_DATA_DIR says where TensorFlow Datasets has put MNIST)
+    mae-jax pretrain mnist_tutorial    (TFDS_DATA_DIR is where TensorFlow Datasets has put MNIST)
     0.0171 GFLOP an image x 60,000 x 64 = 6.6e13 FLOP. No figure is published for it.
     """
     return PretrainConfig(
@@ -111,7 +111,7 @@ def mnist_tutorial() -> PretrainConfig:
 def lightly_voc() -> PretrainConfig:
     """ViT-B/32 with a decoder of one block on Pascal VOC 2012, 10 epochs: Lightly's example of MAE.
 
-    mae-jax pretrain lightly_voc    (TFDS_DATA_DIR says where TensorFlow Datasets has put VOC)
+    mae-jax pretrain lightly_voc    (TFDS_DATA_DIR is where TensorFlow Datasets has put VOC)
     On two hosts, each with its own number: mae-jax pretrain lightly_voc --engine jit --coordinator HOST:PORT
     --num-processes 2 --process-id 0; several GPUs of one host need no flag. The batch of 256 is divided among all.
     8.79 GFLOP an image x 5,717 x 10 = 5.0e14 FLOP. Its source, docs.lightly.ai/examples/mae.html,
@@ -132,7 +132,7 @@ def lightly_voc() -> PretrainConfig:
 
 
 def _imagenet(model: str, epochs: float) -> PretrainConfig:
-    """The paper's pretraining setting (He et al. 2021, Table 8), with normalised pixels (Table 1d)."""
+    """Make a recipe of the paper's Table 8 (He et al. 2021), with normalised pixels (Table 1d)."""
     return PretrainConfig(
         model=replace(MODELS[model], norm_pix_loss=True, dtype="bfloat16"),
         optim=OptimConfig(base_lr=1.5e-4, warmup_epochs=40),
@@ -144,7 +144,7 @@ def _imagenet(model: str, epochs: float) -> PretrainConfig:
 
 
 def imagenet_vit_small() -> PretrainConfig:
-    """ViT-S/16, 800 epochs, normalised pixels: the paper's setting on a size that it does not report.
+    """ViT-S/16, 800 epochs, normalised pixels: the paper's recipe on a size that it does not report.
 
     mae-jax pretrain imagenet_vit_small --data folder:PATH
     39.0 GFLOP an image x 1.28 M x 800 = 4.0e19 FLOP.

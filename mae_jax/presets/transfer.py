@@ -12,7 +12,7 @@ from mae_jax.presets.pretraining import PRESETS
 
 
 def _pretrained(name: str) -> tuple[ModelConfig, AugmentConfig, str]:
-    """The model, the images and the data of a pretraining recipe."""
+    """Return model, images and data of a pretraining recipe."""
     recipe = PRESETS[name]()
     return recipe.model, recipe.augment, recipe.data
 
@@ -23,7 +23,7 @@ def _pretrained(name: str) -> tuple[ModelConfig, AugmentConfig, str]:
 def _imagenet_finetune(
     name: str, base_lr: float, epochs: float, layer_decay: float, drop_path: float
 ) -> FinetuneConfig:
-    """The paper's end-to-end setting (He et al. 2021, Table 9) with the values that the authors publish for each size.
+    """Make a recipe of the paper's Table 9 (He et al. 2021) with the values that the authors publish for each size.
 
     Source: https://github.com/facebookresearch/mae/blob/main/FINETUNE.md. Positions are learnt from the frozen table
     on, as in the authors' code.
@@ -141,9 +141,9 @@ FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {
 
 
 def _probe(name: str, workdir: str, **changes: Any) -> FinetuneConfig:
-    """A frozen encoder, BatchNorm without scale and bias, and a linear head (He et al. 2021, Table 10)."""
+    """Make a recipe of the paper's Table 10: a frozen encoder, BatchNorm without scale and bias, a linear head."""
     model, augment, data = _pretrained(name)
-    settled = FinetuneConfig(
+    config = FinetuneConfig(
         model=model,
         augment=augment,
         optim=OptimConfig(optimizer="lars", base_lr=0.1, warmup_epochs=10, weight_decay=0.0),
@@ -155,10 +155,11 @@ def _probe(name: str, workdir: str, **changes: Any) -> FinetuneConfig:
         batch_norm=True,
         head_std=0.01,
     )
-    return replace(settled, **changes)
+    return replace(config, **changes)
 
 
 def _imagenet_probe(name: str) -> FinetuneConfig:
+    """Make the paper's recipe of linear probing on ImageNet."""
     augment = AugmentConfig(scale=(0.08, 1.0), evaluation_crop=0.875)
     return _probe(f"imagenet_{name}", f"runs/probe_{name}", augment=augment, batch_size=16384)
 
@@ -174,7 +175,7 @@ def probe_imagenet_vit_base() -> FinetuneConfig:
 
 
 def probe_imagenet_vit_large() -> FinetuneConfig:
-    """ViT-L/16, 90 epochs of the linear head (He et al. 2021, Table 10; 50 suffice, the authors say).
+    """ViT-L/16, 90 epochs of the linear head (He et al. 2021, Table 10; the authors find 50 sufficient).
 
     mae-jax probe imagenet_vit_large --init runs/imagenet_vit_large_patch16 --data folder:PATH
     123 GFLOP an image x 1.28 M x 90 = 1.4e19 FLOP; the authors publish 76.0 % top-1 for their checkpoint
@@ -184,7 +185,7 @@ def probe_imagenet_vit_large() -> FinetuneConfig:
 
 
 def probe_imagenet_vit_huge() -> FinetuneConfig:
-    """ViT-H/14, 90 epochs of the linear head (He et al. 2021, Table 10; 50 suffice, the authors say).
+    """ViT-H/14, 90 epochs of the linear head (He et al. 2021, Table 10; the authors find 50 sufficient).
 
     mae-jax probe imagenet_vit_huge --init runs/imagenet_vit_huge_patch14 --data folder:PATH
     335 GFLOP an image x 1.28 M x 90 = 3.9e19 FLOP; the authors publish 77.2 % top-1 for their checkpoint

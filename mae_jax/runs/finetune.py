@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,13 +11,15 @@ from mae_jax.config import FinetuneConfig
 from mae_jax.data.sources.source import Source, absolute, open_source
 from mae_jax.data.sources.split import split_for_training
 from mae_jax.errors import StatedError
-from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, judge, write_mistakes
+from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, evaluate_classifier, write_mistakes
+from mae_jax.files import local_path
 from mae_jax.hosts import Hosts
 from mae_jax.models import Params
 from mae_jax.runs.initial import start_from
 from mae_jax.runs.log import read_metrics
 from mae_jax.runs.loop import Finished, TrainingRun
 from mae_jax.runs.run import memory_errors, run
+from mae_jax.runs.stop import StopRequest
 from mae_jax.storage.checkpoints import BEST, drop_later, save_best
 from mae_jax.storage.workdir import checkpoint_folders, make_writable, unwritable
 from mae_jax.train.build import build_engine, run_length
@@ -28,11 +29,13 @@ ALONE = Hosts()
 EVALUATED = "evaluated"  # beside what a run in the same folder has drawn
 
 
-def finetune(config: FinetuneConfig, hosts: Hosts = ALONE) -> Finished:
+def finetune(config: FinetuneConfig, hosts: Hosts = ALONE, stop: StopRequest | None = None) -> Finished:
     """Train a classifier, or go on training it, in `config.workdir`; on several hosts, each of them calls this.
 
     Evaluates it on the split val every so many epochs and at the end, keeps the best one in WORKDIR/best, and draws
     the confusion matrix of the last one.
+
+    stop: ends it early, with a checkpoint; from a handler of signals or another thread.
 
     Raises:
       StatedError: as `run`; or the data has no classes, or others than the model.
@@ -45,7 +48,7 @@ def finetune(config: FinetuneConfig, hosts: Hosts = ALONE) -> Finished:
             f"divisible by 2 x {devices} devices x accumulate {config.accumulate}",
             field="batch_size",
         )
-    return run(config, train, hosts, Evaluations(config, val))
+    return run(config, train, hosts, Evaluations(config, val), stop)
 
 
 def open_data(config: FinetuneConfig) -> tuple[FinetuneConfig, Source, Source]:
@@ -77,7 +80,7 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
         raise StatedError("init is not given: which weights are to be evaluated?", field="init")
     init = config.init
     config, _, val = open_data(config)
-    folder = Path(config.workdir) / EVALUATED
+    folder = local_path(config.workdir, "workdir") / EVALUATED
     if hosts.first:
         try:
             make_writable(folder)
@@ -87,7 +90,7 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
     with memory_errors(config):
         engine = build_engine(config, run_length(config, len(val)))
         state = start_from(init, engine.begin(lambda: init_state(config)), config, message, whole=True)
-        outcomes = judge(state.params, val, config, engine.rows, len(engine.devices), hosts)
+        outcomes = evaluate_classifier(state.params, val, config, engine.rows, len(engine.devices), hosts)
     if hosts.first:
         write_mistakes(folder, outcomes, 0, val, config)
     return outcomes
@@ -136,7 +139,7 @@ class Evaluations:
         """Score every head; write a row, and keep the best head where it is the best so far."""
         config = self._config
         params = state.params if state.average is None else state.average
-        outcomes = judge(params, self._val, config, run.engine.rows, len(run.engine.devices), run.hosts)
+        outcomes = evaluate_classifier(params, self._val, config, run.engine.rows, len(run.engine.devices), run.hosts)
         top1, top5, loss = outcomes.top(1), outcomes.top(5), outcomes.loss.mean(axis=1)
         head = int(np.argmax(top1))
         row = {"top1": float(top1[head]), "top5": float(top5[head]), "evaluation_loss": float(loss[head])}

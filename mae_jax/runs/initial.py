@@ -11,7 +11,7 @@ import numpy as np
 from mae_jax.config import FinetuneConfig, ModelConfig, Run
 from mae_jax.errors import StatedError
 from mae_jax.models import Params
-from mae_jax.models.positions import fixed_positions
+from mae_jax.models.patches import fixed_positions
 from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import encoder_config
 from mae_jax.port.read import is_run, read_weights
@@ -50,7 +50,7 @@ def start_from(source: str, state: TrainState, config: Run, message: Message, wh
             field="model.positions",
         )
     here = config.augment.mean, config.augment.std
-    if not weights.normalisation_told:
+    if not weights.normalisation_known:
         message(
             f"{source} does not say how its images were normalised; taken as this run's, mean {here[0]}, std {here[1]}"
         )
@@ -93,7 +93,7 @@ def adopted(config: FinetuneConfig, source: str) -> FinetuneConfig:
         known = Hints(config.model.encoder.heads, config.model.decoder.heads)
         weights = read_weights(source, fallback=known)
         found, normalisation = encoder_config(weights.config), (config.augment.mean, config.augment.std)
-        if weights.normalisation_told:
+        if weights.normalisation_known:
             normalisation = weights.mean, weights.std
     positions = "learned" if config.model.positions == "learned" else found.positions
     own = {name: getattr(config.model, name) for name in ("dtype", "remat", "attention")}

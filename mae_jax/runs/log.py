@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
+"""What a run reports while it goes: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
 
 import contextlib
 import io
@@ -18,7 +18,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from mae_jax.errors import StatedError
-from mae_jax.files import write_atomically
+from mae_jax.files import parse_json, write_atomically
+from mae_jax.storage.workdir import METRICS_FILE
 
 
 class Events:
@@ -41,11 +42,11 @@ class Events:
             raise
 
     def scalar(self, name: str, step: int, value: float) -> None:
-        """One number of a step."""
+        """Write one number of a step."""
         self._add(step, summary_pb2.Summary.Value(tag=name, simple_value=value))
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
-        """One picture of a step: uint8 (height, width, 3)."""
+        """Write one picture of a step: uint8 (height, width, 3)."""
         encoded = io.BytesIO()
         Image.fromarray(image).save(encoded, format="PNG")
         height, width, _ = image.shape
@@ -68,7 +69,6 @@ class Events:
             self._writer.close()
 
 
-METRICS_FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
 
 # Of a row's values, those worth a place on the screen, and what they are called there.
@@ -83,8 +83,14 @@ SHOWN = {
 }
 
 
+def print_line(text: str) -> None:
+    """Print a line for whoever watches; a terminal that is gone, or a full disk behind it, does not stop a run."""
+    with contextlib.suppress(OSError, ValueError):  # the latter where it was closed
+        print(text, flush=True)
+
+
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, without a last line that a kill cut short.
+    """Read the rows of metrics.jsonl, without a last line that a kill cut short.
 
     Raises:
       StatedError: another line is no row, or the file cannot be read.
@@ -95,28 +101,62 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise StatedError(f"{file} cannot be read ({error.strerror}): mend or remove it") from error
+        raise StatedError(f"{file} cannot be read ({error.strerror}): mend or remove it", field=METRICS_FILE) from error
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
             try:
-                row = json.loads(line.decode())
-            except ValueError as error:
-                raise StatedError(f"{file}, line {number}, is not JSON ({error}): mend or remove it") from error
+                row = parse_json(line, f"{file}, line {number},")
+            except StatedError as error:
+                raise StatedError(f"{error}: mend or remove it", field=METRICS_FILE) from error
             if not _is_row(row):
                 raise StatedError(
                     f"{file}, line {number}, is not a step and its numbers ({line.decode().strip()[:80]}): "
-                    "mend or remove it"
+                    "mend or remove it",
+                    field=METRICS_FILE,
                 )
             rows.append(row)
     return rows
 
 
 def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and "step" in row and all(isinstance(value, int | float) for value in row.values())
+    is_step = isinstance(row, dict) and isinstance(row.get("step"), int)
+    return is_step and all(isinstance(value, int | float) for value in row.values())
+
+
+def once_each(rows: list[dict[str, float]]) -> tuple[list[dict[str, float]], list[int]]:
+    """Keep the last row of each step, and of its evaluation, in order; and list the steps that had several."""
+    kept: dict[tuple[float, bool], dict[str, float]] = {}
+    doubled = set()
+    for row in rows:
+        if (key := (row["step"], "loss" not in row)) in kept:
+            doubled.add(int(row["step"]))
+        kept[key] = row
+    return [kept[key] for key in sorted(kept)], sorted(doubled)
+
+
+def missing_steps(rows: list[dict[str, float]], start: int, every: int) -> list[int]:
+    """List the multiples of `every` up to `start` that have no row of the loss.
+
+    Only between rows that stand so far apart, since `log_every` may have been another before: two of them, or the
+    beginning, on the one side, and two, or `start`, on the other.
+    """
+    logged = {0} | {row["step"] for row in rows if "loss" in row}
+    missing, gap = [], []
+    for step in range(every, start + every + 1, every):
+        if step <= start and step not in logged:
+            gap.append(step)
+            continue
+        before = gap[0] - every if gap else 0
+        if {max(0, before - every), before} <= logged and (
+            step > start or step + every > start or step + every in logged
+        ):
+            missing += gap
+        gap = []
+    return missing
 
 
 class SilentLog:
-    """What a run says on hosts that do not write: only what concerns that host."""
+    """The log of hosts that do not write: only what concerns that host."""
 
     def __init__(self, host: int) -> None:
         self._host = host
@@ -132,7 +172,10 @@ class SilentLog:
 
     def message(self, text: str) -> None:
         """Print a line that names the host."""
-        print(f"host {self._host}: {text}", flush=True)
+        print_line(f"host {self._host}: {text}")
+
+    def sync(self) -> None:
+        """Do nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -150,30 +193,41 @@ class RunLog:
       StatedError: the rows that are there cannot be read or written anew, or there is no place for an event file.
     """
 
-    def __init__(self, workdir: Path, start: int, stop: int) -> None:
-        rows = [row for row in read_metrics(workdir) if row["step"] <= start]
+    def __init__(self, workdir: Path, start: int, stop: int, every: int = 1) -> None:
+        """Begin after the step `start`; `every`: the steps between two rows, of which missing ones are named."""
+        rows, doubled = once_each([row for row in read_metrics(workdir) if row["step"] <= start])
         file = workdir / METRICS_FILE
         try:
             write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
             self._file = file.open("a", buffering=1)
         except OSError as error:
-            raise StatedError(
-                f"{file} cannot be written: {error.strerror}. Make room there, or make it writable, and run the same "
-                "command again."
-            ) from error
+            raise self._unwritable(file, error) from error
         try:
             self._events = Events(workdir / EVENTS, start)
         except OSError as error:
             self._file.close()
             raise StatedError(
                 f"no event file can be made in {workdir / EVENTS}: {error.strerror}. Make room there, or make that "
-                "a folder that can be written to, and run the same command again."
+                "a folder that can be written to, and run the same command again.",
+                field=EVENTS,
             ) from error
         self._stop = stop
         self._began = time.monotonic(), start
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
             self._bar = tqdm(initial=start, total=stop, unit="step", dynamic_ncols=True)
+        if doubled:
+            self.message(f"WARNING: {file} had more than one row of {_steps(doubled)}: the last of each is kept")
+        if missing := missing_steps(rows, start, every):
+            self.message(f"WARNING: {file} has no row of {_steps(missing)}, which came before step {start}")
+
+    @staticmethod
+    def _unwritable(file: Path | str, error: OSError) -> StatedError:
+        return StatedError(
+            f"{file} cannot be written: {error.strerror}. Make room there, or make it writable, and run the same "
+            "command again.",
+            field=Path(file).name if Path(file).name == METRICS_FILE else EVENTS,
+        )
 
     def step_done(self) -> None:
         """Move the progress bar on by one step."""
@@ -181,7 +235,7 @@ class RunLog:
             self._bar.update()
 
     def row(self, step: int, values: dict[str, float]) -> None:
-        """One object into metrics.jsonl, its numbers into the event file, and a word to whoever watches.
+        """Write one object into metrics.jsonl, its numbers into the event file, and a line for whoever watches.
 
         Raises:
           StatedError: one of the files cannot be written.
@@ -193,14 +247,23 @@ class RunLog:
             for name, value in values.items():
                 self._events.scalar(name, step, value)
         except OSError as error:
-            raise StatedError(
-                f"{file} cannot be written: {error.strerror}. Make room there, and run the same command again."
-            ) from error
+            raise self._unwritable(file, error) from error
         shown = {SHOWN[name]: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
         if self._bar is not None:
             self._bar.set_postfix(shown)
         else:
-            print(f"step {step}/{self._stop}  " + "  ".join(map(" ".join, shown.items())) + self._eta(step), flush=True)
+            print_line(f"step {step}/{self._stop}  " + "  ".join(map(" ".join, shown.items())) + self._eta(step))
+
+    def sync(self) -> None:
+        """Have all rows on the disk when this returns: a checkpoint is not to survive a power cut without them.
+
+        Raises:
+          StatedError: the disk does not take them.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._unwritable(self._file.name, error) from error
 
     def _eta(self, step: int) -> str:
         began, start = self._began
@@ -208,8 +271,8 @@ class RunLog:
         return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
-        """A picture, uint8 (height, width, 3), into the event file."""
-        with contextlib.suppress(OSError):  # the next row says so; a picture is not worth a run
+        """Write a picture, uint8 (height, width, 3), into the event file."""
+        with contextlib.suppress(OSError):  # the next row fails too and is reported; a picture is not worth a run
             self._events.picture(name, step, image)
 
     def message(self, text: str) -> None:
@@ -217,7 +280,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            print(text, flush=True)
+            print_line(text)
 
     def __enter__(self) -> Self:
         return self
@@ -228,8 +291,14 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         self._events.close()
-        with contextlib.suppress(OSError):  # of a row that could not be written, which has been said
+        with contextlib.suppress(OSError):  # of a row that could not be written, which has been reported
             self._file.close()
+
+
+def _steps(steps: list[int]) -> str:
+    """Word some of many steps."""
+    rest = f" and {len(steps) - 5:,} more" if len(steps) > 5 else ""
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps[:5]))}{rest}"
 
 
 Log = RunLog | SilentLog

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections import deque
@@ -90,6 +91,36 @@ def all_finite(tree: Params) -> Bool[Array, ""]:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
+class StepsInFlight:
+    """The steps that were given out to the device and are not known to be done: so many, and about AHEAD seconds.
+
+    The host runs ahead of the device, so that the next step is there when one is done. A run that is to stop waits for
+    all of them; so there are fewer where steps take long, down to one.
+    """
+
+    AHEAD = 2.0
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._steps: deque[Metrics] = deque()
+        self._seconds = math.inf  # of a step; not known before the first is done
+        self._done = time.perf_counter()  # when the last was seen done
+
+    def add(self, metrics: Metrics) -> None:
+        """Take in a step that was given out."""
+        self._steps.append(metrics)
+
+    def wait(self) -> None:
+        """Wait for the oldest until another step may be given out."""
+        while len(self._steps) >= max(1, min(self._most, self.AHEAD // max(self._seconds, 1e-6))):
+            began = time.perf_counter()
+            jax.block_until_ready(self._steps.popleft())
+            now = time.perf_counter()
+            if now - began > 1e-3:  # else it was done some time ago
+                self._seconds = now - self._done
+            self._done = now
+
+
 class Loop:
     """The loop over the steps of a run."""
 
@@ -103,8 +134,7 @@ class Loop:
     def go(self, state: TrainState, start: int) -> Finished:
         """Run the steps from `start` to the end, or to a stop."""
         run, config, step, stopped = self.run, self.run.config, start, False
-        # The host gives out steps and does not wait for them, but for the oldest where too many are under way.
-        in_flight: deque[Metrics] = deque()
+        in_flight = StepsInFlight(run.engine.in_flight)
         with contextlib.closing(
             training_batches(
                 run.source,
@@ -115,31 +145,39 @@ class Loop:
                 process_count=run.hosts.count,
             )
         ) as batches:
+            self.stop.start(run.workdir, start + 1, run.hosts.count > 1)
             self.callback.start(run, start, state)
             self.window = Window()
             for batch in self._timed(iter(batches)):
                 self.broken.update(batch["broken"])
-                state, metrics = run.engine.step(state, run.engine.put(self._rows(batch)))
+                rows = run.engine.put(self._rows(batch))  # on its way while earlier steps are computed
+                in_flight.wait()
+
+                # A stop comes before the next step is given out, and not before there is one to save.
+                if step > start and self.stop.after(step):
+                    stopped = True
+                    break
+                state, metrics = run.engine.step(state, rows)
                 step += 1
                 self.unread.append(metrics)
                 self.window.steps += 1
-                in_flight.append(metrics)
-                if len(in_flight) > run.engine.in_flight:
-                    jax.block_until_ready(in_flight.popleft())
+                in_flight.add(metrics)
                 run.log.step_done()
 
-                # Between two steps: look, save, and end where it is time to.
-                stopped = self.stop.after(step)
-                last = stopped or step == run.length.steps
+                # Between two steps: look, and save, where it is time to.
+                last = step == run.length.steps
                 if step % config.log_every == 0 or last:
                     self._log(step)
                 if step % config.save_every == 0 or last:
                     self._save(step, state)
+                stopped = self.stop.imminent
                 if not stopped:
                     with self.window.paused():
                         self.callback.after(run, step, state, last)
-                if last:
-                    break
+            if stopped:
+                if self.window.steps:
+                    self._log(step)
+                self._save(step, state)
         return Finished(run.workdir, step, self.stop.signal if stopped else None)
 
     def _rows(self, batch: TrainingBatch) -> Batch:
@@ -182,6 +220,7 @@ class Loop:
         self._check_finite(step)
         if not all_finite(state.params):
             self._fail(step + 1, f"parameters are not finite after step {step}")
+        self.run.log.sync()
         self.run.checkpoints.save(step, state)
 
     def _fail(self, step: int, reason: str) -> NoReturn:

@@ -14,21 +14,24 @@ from mae_jax.hosts import Hosts
 from mae_jax.models import Params
 from mae_jax.runs.loop import Finished, TrainingRun
 from mae_jax.runs.run import run
+from mae_jax.runs.stop import StopRequest
 from mae_jax.train.step import TrainState
 
 ALONE = Hosts()
 PICTURED = 8  # images in the pictures of reconstructions
 
 
-def pretrain(config: PretrainConfig, hosts: Hosts = ALONE) -> Finished:
+def pretrain(config: PretrainConfig, hosts: Hosts = ALONE, stop: StopRequest | None = None) -> Finished:
     """Pretrain, or go on pretraining, in `config.workdir`; on several hosts, each of them calls this.
+
+    stop: ends it early, with a checkpoint; from a handler of signals or another thread.
 
     Raises:
       StatedError: as `run`; or there is no such data.
     """
     config = dataclasses.replace(config, data=absolute(config.data))
     source = open_source(config.data, config.model.in_channels)
-    return run(config, source, hosts, Pictures(config, source))
+    return run(config, source, hosts, Pictures(config, source), stop)
 
 
 class Pictures:

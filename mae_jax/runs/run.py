@@ -11,21 +11,20 @@ from mae_jax.config import Run
 from mae_jax.data.sources.source import Source
 from mae_jax.errors import StatedError
 from mae_jax.hosts import Hosts
-from mae_jax.runs.log import Log, RunLog, SilentLog
+from mae_jax.runs.log import Log, RunLog, SilentLog, print_line
 from mae_jax.runs.loop import Callback, Finished, Loop, TrainingRun
 from mae_jax.runs.stop import StopRequest
-from mae_jax.storage.agreement import check_agreement, claim_together
 from mae_jax.storage.checkpoints import Checkpoints
-from mae_jax.storage.workdir import find_checkpoint
+from mae_jax.storage.workdir import check_agreement, claimed
 from mae_jax.train.build import Length, build_engine, run_length
 from mae_jax.train.engines import Engine
 from mae_jax.train.step import TrainState, init_state, make_objective, select
 
 
-def run(config: Run, source: Source, hosts: Hosts, callback: Callback) -> Finished:
+def run(config: Run, source: Source, hosts: Hosts, callback: Callback, stop: StopRequest | None = None) -> Finished:
     """Train, or go on training, in `config.workdir`; on several hosts, each of them calls this.
 
-    SIGTERM and Ctrl-C end it after the step under way, with a checkpoint. Run again with the same configuration it
+    A request to stop ends it after the step under way, with a checkpoint. Run again with the same configuration it
     continues from the newest checkpoint, and computes bit for bit what a run never stopped computes.
 
     Raises:
@@ -39,21 +38,19 @@ def run(config: Run, source: Source, hosts: Hosts, callback: Callback) -> Finish
         engine = build_engine(config, length)
 
         # The folder, and the state to begin or to go on with.
-        workdir = claim_together(hosts, config, len(source))
-        hosts.explain(lambda: how_to_continue(config))
-        stop = stack.enter_context(StopRequest(hosts.count))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config, len(source), hosts)))
+        workdir, held = stack.enter_context(claimed(hosts, config, len(source), print_line))
+        checkpoints = stack.enter_context(Checkpoints(workdir, config, len(source), hosts, held))
         init = functools.partial(init_state, config)  # one object, which JAX traces once for its shapes and to run it
         shapes = jax.eval_shape(init)
         state = checkpoints.restore_latest(
-            shapes, engine.layout(shapes), warn=lambda text: print(f"WARNING: {text}", flush=True)
+            shapes, engine.layout(shapes), warn=lambda text: print_line(f"WARNING: {text}")
         )
         if state is None:
             state = first_state(config, source, engine, hosts, init)
 
         # From here on everything goes into the log.
         start = int(state.step)
-        log: Log = RunLog(workdir, start, length.steps) if hosts.first else SilentLog(hosts.index)
+        log: Log = RunLog(workdir, start, length.steps, config.log_every) if hosts.first else SilentLog(hosts.index)
         stack.enter_context(log)
         if hosts.first:
             log.message(describe(config, source, engine, state, length))
@@ -63,7 +60,7 @@ def run(config: Run, source: Source, hosts: Hosts, callback: Callback) -> Finish
                     f"{length.epochs:.4g} epochs: the learning rate never reaches its peak"
                 )
         training = TrainingRun(config, source, hosts, length, engine, workdir, checkpoints, log)
-        return Loop(training, callback, stop).go(state, start)
+        return Loop(training, callback, stop or StopRequest()).go(state, start)
 
 
 def first_state(config: Run, source: Source, engine: Engine, hosts: Hosts, init: functools.partial) -> TrainState:
@@ -71,7 +68,7 @@ def first_state(config: Run, source: Source, engine: Engine, hosts: Hosts, init:
 
     def message(text: str) -> None:
         if hosts.first:
-            print(text, flush=True)
+            print_line(text)
 
     # What few runs need is imported by those that do.
     state: TrainState = engine.begin(init)
@@ -107,18 +104,6 @@ def memory_errors(config: Run) -> Iterator[None]:
             f"give a smaller --batch-size, a larger --accumulate{remat}{plan}",
             field="batch_size",
         ) from error
-
-
-def how_to_continue(config: Run) -> str:
-    """Word what to do when another host is gone."""
-    try:
-        start = f"from step {find_checkpoint(config.workdir).name}"
-    except StatedError:
-        start = "from the beginning, since there is no checkpoint yet"
-    return (
-        f"Run the same command again: it continues {start} in {config.workdir}, on fewer hosts if need be, as long as "
-        f"batch_size {config.batch_size} divides by devices x accumulate {config.accumulate}."
-    )
 
 
 def describe(config: Run, source: Source, engine: Engine, state: TrainState, length: Length) -> str:

@@ -1,50 +1,73 @@
-"""SIGTERM and Ctrl-C end a run between two steps, not inside one."""
+"""How a run is asked to stop: between two steps, with a checkpoint."""
 
 import os
 import signal
-from types import FrameType, TracebackType
-from typing import Self
+import threading
+from pathlib import Path
 
-from jax.experimental import multihost_utils
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from mae_jax.storage.workdir import checkpoint_folders
 
 
 class StopRequest:
-    """While entered, remembers the first SIGTERM or Ctrl-C; a second one ends the process at once, as ever.
+    """A request to stop a run after the step under way, made from any thread; it installs no handler of signals.
 
-    On several hosts SIGTERM is left to JAX's preemption service, which makes one host's signal known to all and finds
-    a step that none of them has passed; Ctrl-C on one of them is the same as SIGTERM there.
+    On several hosts it is passed on as SIGTERM to JAX's preemption service, which knows that signal alone, makes one
+    host's known to all and finds a step that none of them has passed.
+
+    Attributes:
+      signal: what asked, once something has.
+      step: the step under way; None before the first.
     """
 
-    def __init__(self, hosts: int = 1) -> None:
+    def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._several = hosts > 1
-        self._before: dict[signal.Signals, signal.Handlers] = {}
+        self.step: int | None = None
+        self._workdir: Path | None = None
+        self._several = self._passed_on = False
+        self._lock = threading.Lock()
 
-    def __enter__(self) -> Self:
-        taken = (signal.SIGINT,) if self._several else SIGNALS
-        self._before = {number: signal.signal(number, self._remember) for number in taken}  # type: ignore[misc]
-        return self
+    def request(self, number: signal.Signals = signal.SIGTERM) -> bool:
+        """Ask the run to stop; False where something has asked before."""
+        with self._lock:
+            if self.signal is not None:
+                return False
+            self.signal = number
+            return True
+
+    def start(self, workdir: Path, step: int, several: bool) -> None:
+        """Learn from the run where it is: its next step is `step`, and there may be several hosts."""
+        with self._lock:
+            self._workdir, self.step, self._several = workdir, step, several
+
+    @property
+    def imminent(self) -> bool:
+        """Whether the run stops after the step under way for sure; of several hosts none knows before all are asked."""
+        return self.signal is not None and not self._several
 
     def after(self, step: int) -> bool:
-        """Whether to stop after this step. On several hosts: all ask it once of each step, all get one answer."""
-        if self._several and multihost_utils.reached_preemption_sync_point(step):
-            self.signal = self.signal or signal.SIGTERM
-            return True
-        return not self._several and self.signal is not None
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+        """Return whether to stop after this step. On several hosts all ask it of each step, and get one answer."""
         if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
+            from jax.experimental import multihost_utils  # noqa: PLC0415
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if self.signal is not None and not self._passed_on:
+                self._passed_on = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.request()
+                return True
+        with self._lock:
+            if self.signal is not None and not self._several:
+                return True
+            self.step = step + 1
+            return False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
+    def newest(self) -> int:
+        """Return the step of the newest checkpoint that is written whole; 0 where there is none."""
+        folders = [] if self._workdir is None else checkpoint_folders(self._workdir)
+        return int(folders[-1].name) if folders else 0
+
+    def outlook(self) -> str:
+        """Say what happens now that the run is to stop."""
+        step = "the first step" if self.step is None else f"step {self.step}"
+        where = f"with the other hosts, after step {self.step} or soon after" if self._several else f"after {step}"
+        return f"stopping {where}, then saving; again: end at once, and lose what is since step {self.newest()}"

@@ -1,249 +1,296 @@
-"""The best of a run's evaluations, kept as a checkpoint of its own."""
+"""Checkpoints: the one file that knows Orbax.
+
+A checkpoint is a folder: `state`, which Orbax writes; `record`, its metadata (see workdir.py); and checksums.json, the
+size and CRC-32 of each file. It has its name only when all of it is on the disk. Orbax's CheckpointManager is not
+used: it lists steps whose write has failed, skips those below the highest number without a word, and keeps a process
+for five minutes where it cannot make a folder. Its AsyncCheckpointer has none of that.
+
+Of Orbax 1 (ocp.v1, "not before late 2026"): `save_pytree_async`, `load_pytree` and `checkpointables` take the place of
+AsyncCheckpointer, Checkpointer and the composite handler; `Context` that of the options here; handlers' `finalize`, in
+which files are summed and synced, has no counterpart yet.
+"""
 
 import contextlib
 import dataclasses
-import gc
+import errno
+import json
 import logging
+import os
+import re
 import shutil
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
-from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 
 from mae_jax.config import FinetuneConfig, PretrainConfig, Run
 from mae_jax.errors import StatedError
+from mae_jax.files import Hold, read_json, sync, sync_tree, write_atomically
 from mae_jax.hosts import Hosts
 from mae_jax.models import Params
-from mae_jax.storage.checksums import check_fingerprint, fingerprint
+from mae_jax.storage.checksums import HASHED, SUMMED, altered, file_checksums, fingerprint
 from mae_jax.storage.workdir import (
     CHECKPOINTS,
     RECORD,
     checkpoint_folders,
     config_to_dict,
     find_checkpoint,
+    numbered,
     read_record,
     unwritable,
 )
 from mae_jax.train.step import init_state
 
-
-def release(error: BaseException | None) -> None:
-    """Let go of the coroutines that the frames of an error hold; asyncio reports each when it is collected."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def _of_no_concern(unraisable: "sys.UnraisableHookArgs") -> bool:
-    """Whether it is of a read whose event loop is closed: TensorStore calls the loop, and drops what waited for it.
-
-    What waited is a coroutine of Orbax, which turns even its own end (GeneratorExit) into an error.
-    """
-    waiting = getattr(unraisable.object, "cr_code", None)
-    return str(unraisable.exc_value) == "Event loop is closed" or (
-        waiting is not None and waiting.co_filename.startswith(str(Path(ocp.__file__).parent))
-    )
-
-
-@contextlib.contextmanager
-def quiet_threads() -> Iterator[None]:
-    """The first read or write that fails is raised, and nothing is said of those beside it.
-
-    Orbax reads and writes with coroutines and threads: those that fail later are logged, or reported by asyncio when
-    they are collected; those that end when the event loop is closed already by the interpreter, from other threads.
-    """
-    report, late = sys.unraisablehook, []
-
-    def others(unraisable: "sys.UnraisableHookArgs") -> None:
-        if _of_no_concern(unraisable):
-            late.append(unraisable.exc_type)
-        else:
-            report(unraisable)
-
-    loggers = {name: logging.getLogger(name) for name in ("asyncio", "absl")}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    failed = False
-    try:
-        sys.unraisablehook = others
-        for logger in loggers.values():
-            logger.setLevel(logging.CRITICAL + 1)
-        yield
-    except Exception as error:
-        failed = True
-        release(error)
-        raise
-    finally:
-        seen = -1 if failed else 0
-        while seen < len(late):
-            seen = len(late)
-            time.sleep(0.3)
-        gc.collect()
-        sys.unraisablehook = report
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
-
-
-def silence_late_tasks() -> None:
-    """Reads that failed beside another may be collected, and reported, only as the interpreter ends."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
-
-
 Tree = TypeVar("Tree")
 
 BROKEN = "broken-checkpoints"
+BEST = "best"
+CHECKSUMS = "checksums.json"
+INODES = 40  # files and folders of a checkpoint, on one host
 ALONE = Hosts()
 
-
-@dataclasses.dataclass(frozen=True)
-class _Write:
-    """A write under way in the background; `failed` is told at once when it fails."""
-
-    write: Any  # of Orbax: result() waits for it
-    failed: Callable[[BaseException], None]
-
-    def result(self, timeout: float | None = None) -> Any:
-        try:
-            return self.write.result(timeout)
-        except Exception as error:
-            self.failed(error)
-            raise
+# Folders are made before a save goes on in the background. A thread that waits for one that cannot be made would
+# keep the process for 299 s.
+_IN_ORDER = ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
-class _StateHandler(ocp.StandardCheckpointHandler):
-    """Tells of a write that fails on this host: Orbax would first wait for the others, which wait for this one."""
+class DamagedError(StatedError):
+    """A checkpoint is not what was written: files are missing, cut short or altered. Reading it again does not help."""
 
-    def __init__(self, failed: Callable[[BaseException], None]) -> None:
-        super().__init__()
-        self._failed = failed
 
-    async def async_save(self, *args: Any, **settings: Any) -> list[Any]:
-        return [_Write(write, self._failed) for write in await super().async_save(*args, **settings) or []]
+class _Handler(ocp.CompositeCheckpointHandler):
+    """Writes `state` and `record`, sums up their files, and has all on the disk before the folder gets its name."""
+
+    def __init__(self) -> None:
+        items = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        items.add("state", ocp.args.StandardSave, ocp.StandardCheckpointHandler())
+        items.add(RECORD, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        super().__init__(handler_registry=items, composite_options=ocp.CompositeOptions(async_options=_IN_ORDER))
+
+    def finalize(self, directory: Any) -> None:
+        """Complete a checkpoint that has all its files; Orbax renames its folder after this."""
+        super().finalize(directory)
+        folder = Path(directory)
+        sums = {name: found for item in ("state", RECORD) for name, found in file_checksums(folder, item).items()}
+        write_atomically(folder / CHECKSUMS, json.dumps(sums))
+        sync_tree(folder)
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
+class _Contents(ocp.args.Composite):
+    """What `_Handler` writes."""
+
+
+@contextlib.contextmanager
+def _logged_once() -> Iterator[None]:
+    """Leave out of absl's log what Orbax logs of a failure that it also raises."""
+
+    def fresh(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(fresh)
+    try:
+        yield
+    finally:
+        logger.removeFilter(fresh)
+
+
+def _reason(error: BaseException) -> str:
+    """Give the system's word for a failure where there is one, which Orbax and TensorStore wrap in long texts."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    words = os.strerror(int(code[1])) if code else next(iter(str(error).splitlines()), "")
+    return words[:300] if code else f"{type(error).__name__}: {words[:300]}"
+
+
+def _check_room(folder: Path, tree: Any) -> None:
+    """Raise OSError where a checkpoint cannot be written: in the middle of it, TensorStore reports for each array."""
+    os.utime(folder)  # a read-only disk, or no permission
+    needed = 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # compressed it may be a little smaller
+    disk = os.statvfs(folder)  # which says 0 of 0 where it does not know
+    if (disk.f_blocks and disk.f_bfree * disk.f_frsize < needed) or (disk.f_files and disk.f_ffree < INODES):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _check_files(folder: Path) -> None:
+    """Read all files of a checkpoint, and compare them with its checksums, which version 0.1.0 did not write.
+
+    Raises:
+      DamagedError: one is missing or altered.
+      OSError: one cannot be read now, which is no damage.
+    """
+    try:
+        found = file_checksums(folder)
+        version = HASHED if CHECKSUMS in found else read_record(folder).version
+        expected = {} if version == SUMMED else read_json(folder / CHECKSUMS)
+    except (StatedError, FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedError(str(error), field="checkpoint") from error
+    wrong = [name for name, sums in dict(expected).items() if found.get(name) != sums]
+    if wrong:
+        how = "altered" if wrong[0] in found else "missing"
+        raise DamagedError(f"{len(wrong)} files are not what was written: {wrong[0]} is {how}", field="checkpoint")
 
 
 def _abstract(tree: Tree, layout: Any) -> Tree:
-    """Shapes with their shardings; `layout` is one sharding for all, or a tree of them."""
+    """Give shapes their shardings; `layout` is one sharding for all, or a tree of them."""
     layout = jax.tree.broadcast(layout, tree, is_leaf=lambda x: isinstance(x, Sharding))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
 
 
+def _contents(state: Any, metadata: dict[str, Any]) -> _Contents:
+    record = metadata | {"fingerprint": fingerprint(state), "version": HASHED}
+    return _Contents(state=ocp.args.StandardSave(state), **{RECORD: ocp.args.JsonSave(record)})
+
+
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and every multiple of `keep_every` steps; or the newest alone.
+    """The checkpoints of one run: the newest `keep`, and every multiple of `keep_every` steps.
 
     On several hosts all of them make one of these, and call the same methods in the same order.
 
-    Close it, or the save under way is lost.
+    Close it, or use it in a `with`, or the save under way is lost.
     """
 
     def __init__(
-        self,
-        workdir: Path,
-        config: Run,
-        examples: int | None = None,
-        hosts: Hosts = ALONE,
-        newest_only: bool = False,
+        self, workdir: Path, config: Run, examples: int | None = None, hosts: Hosts = ALONE, held: Hold | None = None
     ) -> None:
+        """Clear away what saves that were cut off have left; `held`: what holds the folder for this run alone."""
         self.folder = workdir / CHECKPOINTS
-        self._said, self._hosts = {"config": config_to_dict(config), "examples": examples}, hosts
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(quiet_threads())
-        self._failed = False  # whether a checkpoint could not be written
-        self._late_tasks = False  # whether reads that failed may still be reported
-        policies = [checkpoint_managers.LatestN(1 if newest_only else config.keep)]
-        if config.keep_every is not None and not newest_only:
-            policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
-        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        handlers.add("state", ocp.args.StandardSave, _StateHandler(self._give_up))
-        handlers.add(RECORD, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            handler_registry=handlers,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
-                cleanup_tmp_directories=True,
-            ),
-        )
+        self._config, self._hosts, self._held = config, hosts, held
+        self._metadata = {"config": config_to_dict(config), "examples": examples}
+        self._logged_once = contextlib.ExitStack()
+        self._saving: int | None = None  # the step whose save is under way
+        self._writer = ocp.AsyncCheckpointer(_Handler(), async_options=_IN_ORDER)
+        if hosts.first:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise unwritable(str(workdir), error) from error
+            self._clear_unfinished()
 
     def steps(self) -> list[int]:
-        """Steps that can be restored, oldest first."""
-        return sorted(self._manager.all_steps())
+        """List the steps that are saved, oldest first, after the save under way."""
+        self.wait()
+        return [int(folder.name) for folder in checkpoint_folders(self.folder.parent)]
 
     def path(self, step: int) -> Path:
-        """The folder of one checkpoint."""
+        """Give the folder of one checkpoint."""
         return self.folder / str(step)
 
     def save(self, step: int, state: Any) -> None:
         """Start to write a checkpoint; the state may be donated as soon as this returns.
 
         Raises:
-          StatedError: this one or the one before cannot be written.
+          StatedError: this one or the one before cannot be written, or there is another of this step.
         """
-        if step in self._manager.all_steps():
-            return
-        record = self._said | {"fingerprint": fingerprint(state)}
+        self.wait()
+        contents = _contents(state, self._metadata | {"step": step})
         with self._writing():
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **{RECORD: ocp.args.JsonSave(record)})
-            )
+            if self.path(step).exists():
+                if read_record(self.path(step)).fingerprint == contents[RECORD].item["fingerprint"]:
+                    return
+                raise FileExistsError(errno.EEXIST, f"{self.path(step)} is there, with other contents")
+            if self._hosts.first:
+                if self._held is not None:
+                    self._held.check()
+                _check_room(self.folder, state)
+            self._logged_once.enter_context(_logged_once())
+            self._writer.save(self.path(step), args=contents)
+            self._saving = step
+
+    def wait(self) -> None:
+        """Wait for the save under way, until it is on the disk; then remove the checkpoints that are not kept.
+
+        Raises:
+          StatedError: it cannot be written.
+        """
+        if self._saving is None:
+            return
+        with self._writing(), self._logged_once:
+            step, self._saving = self._saving, None
+            self._writer.wait_until_finished()
+            if self._hosts.first:
+                sync(self.folder)
+                self._remove_old(step)
+
+    def _remove_old(self, newest: int) -> None:
+        every = self._config.keep_every
+        for step in [step for step in self.steps() if step <= newest][: -self._config.keep]:
+            if every is None or step % every:
+                # One that is half removed must not look like a checkpoint.
+                self.path(step).rename(unfinished := self.folder / f"{step}{TMP_DIR_SUFFIX}")
+                shutil.rmtree(unfinished)
+
+    def _clear_unfinished(self) -> None:
+        for unfinished in self.folder.glob(f"*{TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def restore_latest(self, like: Tree, layout: Any, warn: Callable[[str], None]) -> Tree | None:
-        """The newest checkpoint that is whole, in the shape of `like`; None where there is none at all.
+        """Restore the newest checkpoint that is whole, in the shape of `like`; None where there is none.
 
         layout: the sharding of all arrays, or a tree of them. It need not be the one that the checkpoint was written
-        with. Broken ones are named through `warn`, and moved aside so that their steps can be saved again.
+        with. Damaged ones are named through `warn`, and moved aside so that their steps can be saved again.
 
         Raises:
-          StatedError: there are checkpoints, and every one of them is broken.
+          StatedError: one cannot be read for another reason than damage; nothing is moved then.
         """
-        abstract, broken = _abstract(like, layout), []
-        for step in reversed(self.steps()):
+        abstract, broken, state = _abstract(like, layout), [], None
+        found = [int(folder.name) for folder in numbered(self.folder.parent)]
+        for step in reversed(json.loads(self._hosts.gather("checkpoints", json.dumps(found))[0])):
             try:
                 state = self._restore(step, abstract)
-            except ValueError as error:
-                broken.append((step, str(error)))
+                break
+            except DamagedError as error:
+                broken.append(step)
                 warn(f"checkpoint {self.path(step)} is broken and skipped ({error})")
-                continue
-            self.move_aside([bad for bad, _ in broken])
-            return state
-        if broken:
-            raise StatedError(
-                f"none of the {len(broken)} checkpoints in {self.folder} can be read (the newest: {broken[0][1]}). "
-                "Restore them from elsewhere, or choose another --workdir."
-            )
-        return None
+        if broken and state is None:
+            warn(f"no checkpoint in {self.folder} is whole: the run begins anew")
+        self.move_aside(broken)
+        return state
 
     def _restore(self, step: int, abstract: Tree) -> Tree:
-        """The state of one checkpoint.
+        """Restore one checkpoint; where a host fails, all fail alike.
 
         Raises:
-          ValueError: a host cannot read its part, or what was read is not what was written. On all hosts alike.
+          DamagedError: it is not what was written.
+          StatedError: it cannot be read for another reason.
         """
-        failure, state, recorded = "", None, {}
+        folder, failure = self.path(step), None
+        state: Any = None
         try:
-            recorded = read_record(self.path(step)).fingerprint
-            with self._reader() as reader:
-                state = reader.restore(self.path(step) / "state", args=ocp.args.StandardRestore(abstract))
-        except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
-            failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            release(error)
-            self._late_tasks = True
-        failures = [text for text in self._hosts.gather(f"restored {step}", failure) if text]
-        if failures or state is None:
-            raise ValueError(failures[0])
-        check_fingerprint(state, recorded)
+            if self._hosts.first:
+                _check_files(folder)
+            record = read_record(folder)
+            if record.step not in (None, step):
+                raise DamagedError(f"it is the checkpoint of step {record.step}", field="checkpoint")
+            with self._reader() as reader, _damage_of_old(record.version):
+                state = reader.restore(folder / "state", args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # whatever Orbax and its layers raise
+            failure = isinstance(error, DamagedError), str(error) if isinstance(error, StatedError) else _reason(error)
+        answers = self._hosts.gather(f"restored {step}", json.dumps(failure))
+        failures = sorted((answer for answer in map(json.loads, answers) if answer), reverse=True)  # damage first
+        if failures:
+            damaged, why = failures[0]
+            if damaged:
+                raise DamagedError(why, field="checkpoint")
+            raise StatedError(
+                f"checkpoint {folder} cannot be read, though it is not damaged: {why}. Nothing was moved; run the same "
+                "command again when it can be read.",
+                field="checkpoint",
+            )
+        if wrong := altered(state, record.fingerprint, record.version):
+            raise DamagedError(wrong, field="checkpoint")
         return state
 
     def _reader(self) -> ocp.Checkpointer:
-        """Each host reads by itself: with one that fails, the others do not wait for it inside Orbax."""
+        """Read on each host by itself: with one that fails, the others do not wait for it inside Orbax."""
         alone = ocp.options.MultiprocessingOptions(
             primary_host=self._hosts.index,
             active_processes={self._hosts.index},
@@ -256,7 +303,7 @@ class Checkpoints:
         """Take checkpoints out of the run, to lie in broken-checkpoints/."""
         if not steps:
             return
-        self._manager.wait_until_finished()
+        self.wait()
         if self._hosts.first:
             aside = self.folder.parent / BROKEN
             try:
@@ -266,30 +313,23 @@ class Checkpoints:
             except OSError as error:
                 raise unwritable(str(aside.parent), error) from error
         self._hosts.gather(f"moved aside {steps}", "")
-        self._manager.reload()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except StatedError:
+            raise
         except Exception as error:  # whatever a disk makes Orbax and its layers raise
-            self._failed = True
-            self._give_up(error)
-            release(error)
-            raise StatedError(self._why(error)) from error
-
-    def _give_up(self, error: BaseException) -> None:
-        """End this host and the others where there are any: they wait for each other inside Orbax."""
-        if self._hosts.watch is not None:
-            self._hosts.watch.give_up(self._why(error))
-
-    def _why(self, error: BaseException) -> str:
-        whole = [int(path.parent.name) for path in self.folder.glob(f"*/{RECORD}") if path.parent.name.isdigit()]
-        start = f"from step {max(whole)}" if whole else "from the beginning"
-        return (
-            f"a checkpoint cannot be written into {self.folder}: {str(error).splitlines()[0][:300]}. "
-            f"Make room there, or make it writable, and run the same command again: it continues {start}."
-        )
+            if self._hosts.count == 1:  # no other host writes: what takes up a full disk may go
+                self._clear_unfinished()
+            saved = self.steps()
+            start = f"from step {saved[-1]}" if saved else "from the beginning"
+            raise StatedError(
+                f"a checkpoint cannot be written into {self.folder}: {_reason(error)}. Make room there, or make it "
+                f"writable, and run the same command again: it continues {start}.",
+                field="workdir",
+            ) from error
 
     def close(self) -> None:
         """Wait for the save under way.
@@ -298,18 +338,32 @@ class Checkpoints:
           StatedError: it cannot be written.
         """
         try:
-            with self._quiet:
-                try:
-                    with self._writing():
-                        self._manager.close()
-                finally:
-                    del self._manager  # with what is left of a save that failed
+            self.wait()
         finally:
-            if self._failed and self._hosts.count == 1:  # no write is under way: what takes up a full disk may go
-                for unfinished in self.folder.glob(f"*{TMP_DIR_SUFFIX}"):
-                    shutil.rmtree(unfinished, ignore_errors=True)
-        if self._late_tasks:
-            silence_late_tasks()
+            with contextlib.suppress(Exception):  # of a failure that was raised before
+                self._writer.close()
+            self._logged_once.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it, but where another host may be gone, which the save under way would wait for inside Orbax."""
+        if self._hosts.count == 1 or error is None or isinstance(error, StatedError):
+            self.close()
+
+
+@contextlib.contextmanager
+def _damage_of_old(version: int) -> Iterator[None]:
+    """Take a failure for damage where there are no checksums that would have shown it, unless memory has run out."""
+    try:
+        yield
+    except Exception as error:
+        if version != SUMMED or isinstance(error, MemoryError | OSError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise DamagedError(_reason(error), field="checkpoint") from error
 
 
 class Exported(NamedTuple):
@@ -319,18 +373,23 @@ class Exported(NamedTuple):
 
 
 def save_params(path: Path, config: Run, params: Params) -> None:
-    """Write parameters, of the whole model or of its encoder alone, as a checkpoint that `load_params` reads."""
-    exported = Exported(jax.tree.map(jnp.asarray, params))
-    record = {"config": config_to_dict(config), "fingerprint": fingerprint(exported)}
-    with quiet_threads(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(exported), **{RECORD: ocp.args.JsonSave(record)})
-        writer.save(path.absolute(), args=arguments)
+    """Write parameters, of the whole model or of its encoder alone, as a checkpoint that `load_params` reads.
+
+    Raises:
+      OSError, ValueError: it cannot be written, or there is something.
+    """
+    contents = _contents(Exported(jax.tree.map(jnp.asarray, params)), {"config": config_to_dict(config)})
+    path = path.absolute()
+    with _logged_once(), ocp.Checkpointer(_Handler()) as writer:
+        writer.save(path, args=contents)
+    sync(path.parent)
 
 
 def load_params(
     run_or_checkpoint: str | Path, part: Literal["all", "encoder"] = "encoder"
 ) -> tuple[PretrainConfig, Params, int]:
-    """Configuration, parameters (their running average where the run keeps one) and step of a pretraining checkpoint.
+    """Load configuration, parameters (their running average where the run keeps one) and step of a pretraining
+    checkpoint.
 
     The optimizer's state is not read. A checkpoint that was ported may hold the encoder alone; its step is 0.
 
@@ -340,42 +399,47 @@ def load_params(
     """
     config, params, step = load_any(run_or_checkpoint)
     if config.kind != "pretraining":
-        raise StatedError(f"{run_or_checkpoint} holds a classifier, and this needs a pretraining run")
+        raise StatedError(
+            f"{run_or_checkpoint} holds a classifier, and this needs a pretraining run", field="checkpoint"
+        )
     if part == "all" and "decoder" not in params:
-        raise StatedError(f"{run_or_checkpoint} holds an encoder alone, and this needs the decoder too")
+        raise StatedError(
+            f"{run_or_checkpoint} holds an encoder alone, and this needs the decoder too", field="checkpoint"
+        )
     return config, params, step
 
 
 def load_classifier(run_or_checkpoint: str | Path) -> tuple[FinetuneConfig, Params, int]:
-    """Configuration, parameters (their running average where the run keeps one) and step of a classifier's checkpoint.
+    """Load configuration, parameters (their running average where the run keeps one) and step of a classifier.
 
     Raises:
       StatedError: there is no checkpoint, it cannot be read, or it is a pretraining run's.
     """
     config, params, step = load_any(run_or_checkpoint)
     if config.kind != "classification":
-        raise StatedError(f"{run_or_checkpoint} holds no classifier: it is a pretraining run's")
+        raise StatedError(f"{run_or_checkpoint} holds no classifier: it is a pretraining run's", field="checkpoint")
     return config, params, step
 
 
 def load_any(run_or_checkpoint: str | Path) -> tuple[Run, Params, int]:
-    """The same of either kind. The configuration's attention is xla, whatever the run had.
+    """Load configuration, parameters and step of either kind. The configuration's attention is xla, whatever it was.
 
     Raises:
       StatedError: there is no checkpoint, or it cannot be read.
     """
     folder = find_checkpoint(run_or_checkpoint)
-    config, recorded, _ = read_record(folder)
+    config, recorded, _, version, _ = read_record(folder)
     # A checkpoint is used where it is, which need not be a GPU.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     try:
+        _check_files(folder)
         kind = "params" if config.optim.ema_decay is None else "average"
-        here = SingleDeviceSharding(jax.devices()[0])
+        here = SingleDeviceSharding(jax.local_devices()[0])
         shapes = getattr(jax.eval_shape(lambda: init_state(config)), kind)
         item = {kind: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
         if config.kind == "pretraining" and not any("['decoder']" in key for key in recorded):
             item[kind] = {"encoder": item[kind]["encoder"]}
-        with quiet_threads(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arguments = ocp.args.PyTreeRestore(
                 item=item,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -383,13 +447,13 @@ def load_any(run_or_checkpoint: str | Path) -> tuple[Run, Params, int]:
             )
             params = reader.restore(folder / "state", args=arguments)[kind]
         prefix = jax.tree_util.keystr((jax.tree_util.GetAttrKey(kind),))
-        check_fingerprint(params, {key.removeprefix(prefix): value for key, value in recorded.items()})
-    except Exception as error:  # whatever a damaged file makes Orbax and its layers raise
-        raise StatedError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {error}") from error
-    return config, params, int(folder.name) if folder.name.isdigit() else 0
-
-
-BEST = "best"
+        named = {key.removeprefix(prefix): value for key, value in recorded.items()}
+        if wrong := altered(params, named, version):
+            raise DamagedError(wrong, field="checkpoint")
+    except Exception as error:  # whatever Orbax and its layers raise
+        why = str(error) if isinstance(error, StatedError) else _reason(error)
+        raise StatedError(f"checkpoint {folder} cannot be read: {why}", field="checkpoint") from error
+    return config, params, int(folder.name) if folder.name.isdecimal() else 0
 
 
 def drop_later(workdir: Path, step: int, hosts: Hosts) -> None:
@@ -413,6 +477,9 @@ def save_best(workdir: Path, step: int, config: Run, params: Params, hosts: Host
     if any(int(saved.name) == step for saved in checkpoint_folders(folder)):
         return  # by the same run, which was stopped after it
     try:
+        if hosts.first:
+            (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            _check_room(folder, params)
         save_params(folder / CHECKPOINTS / str(step), config, params)
         hosts.gather(f"best {step}", "")
         if hosts.first:
@@ -420,9 +487,8 @@ def save_best(workdir: Path, step: int, config: Run, params: Params, hosts: Host
                 if int(saved.name) != step:
                     shutil.rmtree(saved)
     except (OSError, ValueError) as error:
-        if hosts.watch is not None:
-            hosts.watch.let_the_gone_be_named()
         raise StatedError(
-            f"the best checkpoint cannot be written into {folder}: {str(error).splitlines()[0][:300]}. "
-            "Make room there, and run the same command again."
+            f"the best checkpoint cannot be written into {folder}: {_reason(error)}. Make room there, and run the same "
+            "command again.",
+            field="workdir",
         ) from error

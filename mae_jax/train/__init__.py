@@ -1,1 +1,1 @@
-"""The pure training step and what wraps it: engines, checkpoints, metrics, the loop."""
+"""The pure training step: what it minimises, how it updates, and how it is compiled over devices."""

@@ -1,4 +1,4 @@
-"""From a configuration to how long its run is and the compiled step."""
+"""From a configuration to the length of its run and the compiled step."""
 
 import functools
 import math
@@ -14,8 +14,10 @@ from mae_jax.train.step import TrainState, init_state, make_step
 
 
 class Length(NamedTuple):
-    """How long a run is: `steps` updates, which are `epochs` epochs of `steps_per_epoch` (all but the first may be
-    fractional: the stream of examples runs on over the end of an epoch)."""
+    """How long a run is: `steps` updates, which are `epochs` epochs of `steps_per_epoch`.
+
+    All but the first may be fractional: the stream of examples runs on over the end of an epoch.
+    """
 
     steps: int
     steps_per_epoch: float
@@ -23,7 +25,7 @@ class Length(NamedTuple):
 
 
 def run_length(config: Run, examples: int) -> Length:
-    """The length of a run on so many examples.
+    """Compute the length of a run on so many examples.
 
     Raises:
       StatedError: it would number more examples than a position can.
@@ -32,25 +34,28 @@ def run_length(config: Run, examples: int) -> Length:
     steps = config.steps if config.steps is not None else max(1, math.ceil(config.epochs * steps_per_epoch))
     if steps * config.batch_size > rng.MAX_POSITION:
         raise StatedError(
-            f"steps {steps} x batch_size {config.batch_size} is more than the {rng.MAX_POSITION} examples of one run"
+            f"steps {steps} x batch_size {config.batch_size} is more than the {rng.MAX_POSITION} examples of one run",
+            field="steps",
         )
     return Length(steps, steps_per_epoch, steps / steps_per_epoch)
 
 
 def state_shapes(config: Run) -> TrainState:
-    """The state without its numbers."""
+    """Return the state with shapes in place of arrays."""
     return jax.eval_shape(lambda: init_state(config))
 
 
 def build_engine(config: Run, length: Length) -> Engine:
-    """The compiled step of a run on the devices that it asks for.
+    """Compile the step of a run on the devices that it asks for.
 
     Raises:
       StatedError: there are not so many devices, batch or devices do not divide, float64 is not switched on, the engine
         does not work on several hosts and there are several, or cuDNN is asked for where it cannot compute attention.
     """
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise StatedError('precision float64 needs jax.config.update("jax_enable_x64", True) before the run')
+        raise StatedError(
+            'model.dtype float64 needs jax.config.update("jax_enable_x64", True) before the run', field="model.dtype"
+        )
     build = functools.partial(make_step, config, steps_per_epoch=length.steps_per_epoch, epochs=length.epochs)
     devices, batch_size, accumulate = choose_devices(config.devices), config.batch_size, config.accumulate
     fsdp = (config.fsdp or len(devices)) if config.engine == "fsdp" else 1

@@ -1,4 +1,4 @@
-"""The objective of fine-tuning and linear probing: naming the class of an image (He et al. 2021, appendix A.1)."""
+"""The objective of fine-tuning and linear probing: predicting the class of an image (He et al. 2021, appendix A.1)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -16,7 +16,14 @@ from mae_jax.models.classifier import Classifier, Pooled
 from mae_jax.models.patches import Images
 from mae_jax.train.mixing import Targets, erase, mix, smooth_targets
 from mae_jax.train.objective import Batch, normalise_images
-from mae_jax.train.optimizers import direction, intact, kernel_mask, layer_rates, of_each_head
+from mae_jax.train.optimizers import (
+    direction,
+    kernel_mask,
+    layer_rates,
+    not_diverged,
+    per_head,
+    zero_where_diverged,
+)
 
 BATCH_NORM_EPS = 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # PyTorch's: the share of the new batch in the running statistics
@@ -36,14 +43,14 @@ class Examples(NamedTuple):
 class Classification:
     """Cross entropy of a classifier, or of several at once, each with its own head and rate.
 
-    axis_name: of the devices that the statistics of the BatchNorm are taken over, if they are not one program's.
+    axis_name: of the devices that BatchNorm takes its statistics over, where the step is one device's.
     """
 
     config: FinetuneConfig
     axis_name: str | None = None
 
     @property
-    def together(self) -> int:
+    def group_size(self) -> int:
         """Return 2 where neighbours are mixed with each other, else 1."""
         return 2 if self.config.mix.mixes else 1
 
@@ -69,7 +76,7 @@ class Classification:
         return params
 
     def trained(self, path: tuple[str, ...]) -> bool:
-        """All; or the head, the last blocks and what follows them; never the statistics of the BatchNorm."""
+        """Return whether a parameter is trained: all are, or the head and the last blocks; no statistics."""
         last = self.config.last_blocks
         if path[0] == "statistics":
             return False
@@ -82,11 +89,11 @@ class Classification:
         return follows or path[1] in {f"block_{number}" for number in range(depth - last, depth)}
 
     def direction(self, optim: OptimConfig) -> optax.GradientTransformation:
-        chosen = direction(optim, kernel_mask)
-        return of_each_head(chosen) if self.config.sweep else chosen
+        optimizer = direction(optim, kernel_mask)
+        return per_head(optimizer) if self.config.sweep else optimizer
 
     def rates(self, params: Params) -> Params | None:
-        """Layer decay; in a sweep each head's own rate over the configured one."""
+        """Return layer decay; in a sweep each head's own rate over the configured one."""
         config = self.config
         if config.sweep:
             ratio = np.array(config.sweep) / config.optim.base_lr
@@ -96,7 +103,7 @@ class Classification:
         return layer_rates(params, config.model.encoder.depth, config.layer_decay)
 
     def inputs(self, batch: Batch, pixels: Array, step: Int[Array, ""]) -> Examples:
-        """Normalised, erased, mixed images and their targets; drop path's uniforms."""
+        """Make normalised, erased, mixed images and their targets; draw drop path's uniforms."""
         config, dtype = self.config, wide(self.config.model.dtype)
         assert batch.labels is not None
         assert config.classes is not None
@@ -115,6 +122,8 @@ class Classification:
         if config.last_blocks != 0:
             logits = cast(Logits, model.apply(variables, inputs.images, uniforms))
             return optax.softmax_cross_entropy(logits, inputs.targets).mean(), {}
+
+        # Linear probing: the encoder is frozen, and what it gives goes through BatchNorm into one head, or several.
         features = cast(Pooled, model.apply(variables, inputs.images, uniforms, method="pool"))
         replaced: Params = {}
         if config.batch_norm:
@@ -122,20 +131,22 @@ class Classification:
             features = (features - mean) * jax.lax.rsqrt(variance + BATCH_NORM_EPS)
             replaced = {"statistics": _running(params["statistics"], mean, variance, config.batch_size)}
         head = params["head"]
-        if config.sweep:  # of a ruined head neither loss nor gradient may reach the others' sum
-            sound = intact(head)
-            head = jax.tree.map(lambda p: jnp.where(sound.reshape(-1, *[1] * (p.ndim - 1)), p, 0), head)
+        if config.sweep:  # neither loss nor gradient of a head that has diverged may reach the sum of the others
+            head = zero_where_diverged(head, not_diverged(head))
         logits = head_logits(head, features)
         errors = optax.softmax_cross_entropy(logits, inputs.targets).mean(axis=-1)
         if not config.sweep:
             return errors, replaced
-        # The heads are minimised side by side; what is told is the loss of the best.
+        # The sum is minimised, which minimises each head by itself. Its gradient is kept and its value replaced: the
+        # loss that is reported is that of the best head.
         total = errors.sum()
-        best = jnp.where(intact(params["head"]), errors, jnp.inf).min()
+        best = jnp.where(not_diverged(params["head"]), errors, jnp.inf).min()
         return jax.lax.stop_gradient(best - total) + total, replaced
 
     def _moments(self, features: Pooled) -> tuple[Float[Array, " width"], Float[Array, " width"]]:
-        """Mean and (biased) variance of the whole batch, on however many devices."""
+        """Compute mean and (biased) variance of the whole batch, on however many devices."""
+        # Devices have equally many rows, so the mean of their means is the mean of all. Each needs that mean before it
+        # can measure the deviations from it: two exchanges, and the variance does not lose digits.
         mean = features.mean(axis=0)
         mean = mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name)
         variance = jnp.square(features - mean).mean(axis=0)
@@ -143,19 +154,19 @@ class Classification:
 
 
 def head_logits(head: Params, features: Pooled) -> Logits:
-    """Of one head, or of several that are stacked along the first axis."""
+    """Compute the logits of one head, or of several that are stacked along the first axis."""
     return jnp.einsum("bd,...dc->...bc", features, head["kernel"]) + head["bias"][..., None, :]
 
 
 def _running(old: Params, mean: Array, variance: Array, batch_size: int) -> Params:
-    """As PyTorch keeps them: the variance that is kept is the unbiased one."""
+    """Update the running statistics as PyTorch does: it keeps the unbiased variance."""
     unbiased = variance * (batch_size / max(1, batch_size - 1))
     new = {"mean": mean, "variance": unbiased}
     return {name: old[name] + BATCH_NORM_MOMENTUM * (new[name] - old[name]) for name in old}
 
 
-def folded(params: Params) -> Params:
-    """The same classifier without its BatchNorm: what the running statistics do is put into the head."""
+def fold_batch_norm(params: Params) -> Params:
+    """Fold BatchNorm, by its running statistics, into the head: the same logits from a classifier without it."""
     if "statistics" not in params:
         return params
     rest = {name: part for name, part in params.items() if name != "statistics"}

@@ -1,4 +1,4 @@
-"""Crops cut on the device, from the boxes that the input pipeline draws for the host's crops too.
+"""Crops cut on the device, from the same boxes as those on the host.
 
 Resampling is separable: two products with matrices of weights, one row for each pixel of the crop, are Pillow's
 antialiased bicubic (its `ImagingResample`: Keys' kernel with a = -0.5, widened when it shrinks, cut off at the crop's
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from mae_jax.cubic import keys_cubic
+
 # Images that are cropped at a time: the rows between the two passes are float32, larger than the batch itself.
 _AT_ONCE = 64
 
@@ -19,7 +21,7 @@ def crop_images(
     crops: Float[Array | np.ndarray, "batch 5"],
     image_hw: tuple[int, int],
 ) -> UInt8[Array, "batch rows columns channels"]:
-    """Cut, resize to `image_hw` and flip: a crop is left, top, right, bottom in pixels, and 1 to turn it, else 0."""
+    """Cut, resize to `image_hw` and flip: a crop is left, top, right, bottom in pixels, and 1 to flip it, else 0."""
 
     def one(
         pair: tuple[UInt8[Array, "height width channels"], Float[Array, "5"]],
@@ -36,18 +38,19 @@ def crop_images(
 
 
 def bicubic_weights(start: Float[Array, ""], stop: Float[Array, ""], size: int, out: int) -> Float[Array, "out size"]:
-    """Weights of `size` pixels for each of `out` that the stretch from `start` to `stop` is resized to."""
+    """Compute the weights of `size` pixels in each of the `out` that `start` to `stop` is resized to."""
     scale = (stop - start) / out
     widened = jnp.maximum(scale, 1)
+    # Of an image that shrinks the kernel is widened, so that every pixel of it counts (antialiasing).
     centres = start + (jnp.arange(out) + 0.5) * scale
     pixels = jnp.arange(size)
     x = jnp.abs(pixels + 0.5 - centres[:, None]) / widened
-    near, far = ((1.5 * x - 2.5) * x) * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+    # Pixels beyond the box do not count. Edges within a thousandth of a whole pixel are rounding of the box.
     inside = (pixels >= jnp.floor(start + 1e-3)) & (pixels < jnp.ceil(stop - 1e-3))
-    weights = jnp.where(inside, weights, 0)
+    weights = jnp.where(inside, keys_cubic(x, -0.5), 0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _bytes(values: Float[Array, "a b c"]) -> UInt8[Array, "a b c"]:
+    """Round to the nearest byte, halves up, as Pillow does."""
     return jnp.clip(jnp.floor(values + 0.5), 0, 255).astype(jnp.uint8)

@@ -45,7 +45,7 @@ class Engine(Protocol):
     def in_flight(self) -> int: ...
 
     def layout(self, tree: Any) -> Any:
-        """The sharding of each array of a state, or of shapes."""
+        """Return the sharding of each array of a state, or of shapes."""
 
     def place(self, state: Tree) -> Tree:
         """Lay out a whole state that this host has."""
@@ -54,14 +54,14 @@ class Engine(Protocol):
         """Compute a state where it is to lie, so that no device ever holds more than its part."""
 
     def put(self, batch: Batch) -> Batch:
-        """This host's rows of a batch, cut over its devices for the step; starts the transfer."""
+        """Cut this host's rows of a batch over its devices for the step, and start the transfer."""
 
     def rows(self, arrays: Tree) -> Tree:
-        """This host's rows of arrays, cut over its devices along their first axis, for any compiled function."""
+        """Cut this host's rows of arrays over its devices along their first axis, for any compiled function."""
 
 
 def choose_devices(count: int | None) -> list[jax.Device]:
-    """The first `count` devices of each host, or all, host by host.
+    """List the first `count` devices of each host, or all, host by host.
 
     Raises:
       StatedError: a host has fewer, or they do not all have as many.
@@ -71,12 +71,16 @@ def choose_devices(count: int | None) -> list[jax.Device]:
         by_host.setdefault(device.process_index, []).append(device)
     local = jax.local_devices()
     if count is not None and count > len(local):
-        raise StatedError(f"devices {count} asked for, this host has {len(local)} ({local[0].platform})")
-    chosen = [found[:count] for found in by_host.values()]
-    if len({len(found) for found in chosen}) > 1:
+        raise StatedError(
+            f"devices {count} asked for, this host has {len(local)} ({local[0].platform})", field="devices"
+        )
+    used = [found[:count] for found in by_host.values()]
+    if len({len(found) for found in used}) > 1:
         numbers = ", ".join(f"{len(found)} on host {host}" for host, found in by_host.items())
-        raise StatedError(f"hosts differ in their devices: {numbers}. Give --devices {min(map(len, chosen))}")
-    return [device for found in chosen for device in found]
+        raise StatedError(
+            f"hosts differ in their devices: {numbers}. Give --devices {min(map(len, used))}", field="devices"
+        )
+    return [device for found in used for device in found]
 
 
 def check_divides(batch_size: int, devices: int, accumulate: int) -> None:
@@ -89,7 +93,8 @@ def check_divides(batch_size: int, devices: int, accumulate: int) -> None:
     if batch_size % parts:
         raise StatedError(
             f"batch_size {batch_size} is not divisible by {devices} devices x accumulate {accumulate} "
-            f"(nearest that is: {max(1, round(batch_size / parts)) * parts})"
+            f"(nearest that is: {max(1, round(batch_size / parts)) * parts})",
+            field="batch_size",
         )
 
 
@@ -106,25 +111,28 @@ def check_attention(model: ModelConfig, devices: list[jax.Device], fsdp: int = 1
         return
     if devices[0].platform != "gpu":
         raise StatedError(
-            f"attention cudnn needs an NVIDIA GPU, the device here is {devices[0].platform}: give attention xla"
+            f"model.attention cudnn needs an NVIDIA GPU, the device here is {devices[0].platform}: give xla",
+            field="model.attention",
         )
-    # A device that does not tell is left to JAX, which looks again.
+    # A device without the attribute is left to JAX, which looks again.
     capability = getattr(devices[0], "compute_capability", AMPERE)
     if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < float(AMPERE):
         raise StatedError(
-            f"attention cudnn needs an NVIDIA GPU of compute capability {AMPERE} or more, that of the device here "
-            f"is {capability}: give attention xla"
+            f"model.attention cudnn needs an NVIDIA GPU of compute capability {AMPERE} or more, that of the device "
+            f"here is {capability}: give xla",
+            field="model.attention",
         )
     for name, heads in (("encoder", model.encoder.heads), ("decoder", model.decoder.heads)):
         if math.gcd(heads, fsdp) not in (1, fsdp):
             raise StatedError(
-                f"attention cudnn cannot cut {name}.heads {heads} over fsdp {fsdp}: give an --fsdp that divides it, "
-                "or attention xla"
+                f"model.attention cudnn cannot cut {name}.heads {heads} over fsdp {fsdp}: give an --fsdp that divides "
+                "it, or attention xla",
+                field="fsdp",
             )
 
 
 def steps_in_flight(devices: list[jax.Device]) -> int:
-    """`Engine.in_flight` on these devices."""
+    """Return how many steps the host may run ahead of these devices (`Engine.in_flight`)."""
     simulated = devices[0].platform == "cpu" and len(devices) > 1
     return 1 if simulated else 8
 
@@ -141,7 +149,7 @@ class PmapEngine:
         return NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec(*axes))
 
     def layout(self, tree: Any) -> Any:
-        """Whole on every device."""
+        """Return a sharding that keeps each array whole on every device."""
         return jax.tree.map(lambda _: self._sharding(), tree)
 
     def place(self, state: Tree) -> Tree:
@@ -153,7 +161,10 @@ class PmapEngine:
         return self.place(jax.jit(init)())
 
     def put(self, batch: Batch) -> Batch:
-        """Cut a host batch into one part a device and start the transfer."""
+        """Cut a host's batch into one part a device and start the transfer.
+
+        The parts are a first axis of their own, which pmap takes away: (devices, rows of one, ...).
+        """
         count = len(self.devices)
         return self.rows(jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch))
 
@@ -171,7 +182,9 @@ def pmap_engine(
       StatedError: the batch does not divide, or there are several hosts.
     """
     if jax.process_count() > 1:
-        raise StatedError(f"engine pmap works on one host, these are {jax.process_count()}: give --engine jit or fsdp")
+        raise StatedError(
+            f"engine pmap works on one host, these are {jax.process_count()}: give --engine jit or fsdp", field="engine"
+        )
     check_divides(batch_size, len(devices), accumulate)
     # A mean over one device would copy every gradient.
     axis = AXIS if len(devices) > 1 else None

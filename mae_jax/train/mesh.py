@@ -24,23 +24,24 @@ Tree = TypeVar("Tree")
 
 
 def make_mesh(devices: list[jax.Device], fsdp: int) -> Mesh:
-    """Devices in order, `fsdp` neighbours to a group that shares one copy of the state.
+    """Lay devices out in order, `fsdp` neighbours to a group that shares one copy of the state.
 
     Raises:
       StatedError: they do not make such groups.
     """
     if fsdp > len(devices):
-        raise StatedError(f"fsdp {fsdp} needs as many devices, there are {len(devices)}")
+        raise StatedError(f"fsdp {fsdp} needs as many devices, there are {len(devices)}", field="fsdp")
     if len(devices) % fsdp:
         nearest = max(n for n in range(1, fsdp) if len(devices) % n == 0)
         raise StatedError(
-            f"fsdp {fsdp} does not divide {len(devices)} devices (the largest below that does: {nearest})"
+            f"fsdp {fsdp} does not divide {len(devices)} devices (the largest below that does: {nearest})",
+            field="fsdp",
         )
     return Mesh(np.array(devices).reshape(-1, fsdp), (DATA, SHARD))
 
 
 def cut(shape: tuple[int, ...], count: int) -> PartitionSpec:
-    """Which dimension of an array of the state is cut in `count`: the longest that divides.
+    """Choose the dimension of an array of the state that is cut in `count`: the longest that divides.
 
     Vectors stay whole: they are a thousandth of the state, and each would cost a message of its own.
     """
@@ -64,7 +65,7 @@ class MeshEngine:
         return list(self.mesh.devices.flat)
 
     def layout(self, tree: Any) -> Any:
-        """The sharding of each array of a state, or of shapes."""
+        """Return the sharding of each array of a state, or of shapes."""
         return layout(self.mesh, tree)
 
     def place(self, state: Tree) -> Tree:
@@ -72,21 +73,22 @@ class MeshEngine:
         return jax.device_put(state, self.layout(state))
 
     def begin(self, init: Callable[[], Tree]) -> Tree:
-        """Compute a state where it is to lie: no device holds more than its part."""
+        """Compute a state where it is to lie: no device ever holds more than its part."""
         return jax.jit(init, out_shardings=self.layout(jax.eval_shape(init)))()
 
     def put(self, batch: Batch) -> Batch:
-        """This host's rows of a batch (those of the first host come first) to its devices; starts the transfer."""
+        """Cut this host's rows of a batch over its devices for the step, and start the transfer."""
         return self.rows(batch)
 
     def rows(self, arrays: Tree) -> Tree:
-        """The same of any arrays."""
+        """Cut this host's rows of arrays over its devices along their first axis."""
+        # A global array whose rows are those of host 0, then of host 1 ...; no host sees the others' values.
         rows = NamedSharding(self.mesh, PartitionSpec((DATA, SHARD)))
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), arrays)
 
 
 def layout(mesh: Mesh, tree: Any) -> Any:
-    """The sharding of each array of a state, or of shapes, on a mesh."""
+    """Return the sharding of each array of a state, or of shapes, on a mesh."""
     return jax.tree.map(lambda x: NamedSharding(mesh, cut(x.shape, mesh.shape[SHARD])), tree)
 
 

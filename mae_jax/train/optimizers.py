@@ -16,44 +16,44 @@ REFERENCE_BATCH = 256
 DecayMask = Callable[[Any], Any]  # parameters to whether each decays
 
 # A weight this large comes of a rate that is far too large; a step later it could be infinite.
-_RUINED = 1e15
+_DIVERGED = 1e15
 
 # Trained parameters that are no kernels, though they have more than one dimension.
 _TABLES = ("cls_token", "mask_token", "pos_embed")
 
 
 def peak_learning_rate(optim: OptimConfig, batch_size: int) -> float:
-    """base_lr scaled linearly by the global batch."""
+    """Scale base_lr linearly by the global batch."""
     return optim.base_lr * batch_size / REFERENCE_BATCH
 
 
 def learning_rate(
     epoch: Float[Array, "*any"], optim: OptimConfig, *, batch_size: int, epochs: float
 ) -> Float[Array, "*any"]:
-    """The rate at fractional epochs: a straight warm-up from 0, then half a cosine down to min_lr, or constant."""
+    """Compute the rate at fractional epochs: a linear warm-up from 0, then constant, or half a cosine to min_lr."""
     peak = peak_learning_rate(optim, batch_size)
     if optim.schedule == "constant":
-        settled: float | Array = peak
+        after_warmup: float | Array = peak
     else:
         progress = (epoch - optim.warmup_epochs) / max(epochs - optim.warmup_epochs, 1e-9)
-        settled = optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        after_warmup = optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
     if optim.warmup_epochs == 0:
-        return jnp.asarray(settled, epoch.dtype)
-    return jnp.where(epoch < optim.warmup_epochs, peak * epoch / optim.warmup_epochs, settled)
+        return jnp.asarray(after_warmup, epoch.dtype)
+    return jnp.where(epoch < optim.warmup_epochs, peak * epoch / optim.warmup_epochs, after_warmup)
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: on kernels, tokens and learned positions, not on biases and LayerNorm."""
+    """Mark where weight decay applies: on kernels, tokens and learned positions, not on biases and LayerNorm."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def kernel_mask(params: Any) -> Any:
-    """True where it applies in fine-tuning: on kernels alone, as the authors' code has it."""
+    """Mark where weight decay applies in fine-tuning: on kernels alone, as the authors' code has it."""
     return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and path[-1].key not in _TABLES, params)
 
 
 def direction(optim: OptimConfig, mask: DecayMask | None = None) -> optax.GradientTransformation:
-    """The configured optimizer before the learning rate: its update is -rate times this.
+    """Make the configured optimizer before the learning rate: the step subtracts rate times its result.
 
     mask: what AdamW's decay applies to, by default `decay_mask`.
     """
@@ -61,11 +61,12 @@ def direction(optim: OptimConfig, mask: DecayMask | None = None) -> optax.Gradie
 
 
 def _clip(optim: OptimConfig) -> optax.GradientTransformation:
+    """Make the clipping of the global gradient norm, if it is on."""
     return optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm is not None else optax.identity()
 
 
 def adamw_direction(optim: OptimConfig, mask: DecayMask | None = None) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019); eps stands outside the root, the decay is multiplied by the rate."""
+    """Make AdamW (Loshchilov and Hutter 2019); eps stands outside the root, the decay is multiplied by the rate."""
     return optax.chain(
         _clip(optim),
         optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps),
@@ -86,6 +87,7 @@ def lars_direction(optim: OptimConfig) -> optax.GradientTransformation:
     LayerNorms are neither scaled nor decayed. `optax.lars` applies the rate before the momentum, which differs while
     the rate changes.
     """
+    # In this order: decay is part of the gradient whose length is measured. Only kernels are decayed and scaled.
     scale = optax.chain(
         optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
         optax.masked(optax.scale_by_trust_ratio(trust_coefficient=optim.trust), decay_mask),
@@ -107,33 +109,40 @@ def lars_direction(optim: OptimConfig) -> optax.GradientTransformation:
     return optax.chain(_clip(optim), optax.GradientTransformation(init, update))
 
 
-def intact(params: Any) -> Bool[Array, " heads"]:
-    """Which of several models, stacked along every parameter's first axis, no rate has ruined."""
-    sound = [(jnp.abs(p) < _RUINED).reshape(len(p), -1).all(axis=1) for p in jax.tree.leaves(params)]
+def not_diverged(params: Any) -> Bool[Array, " heads"]:
+    """Mark which of several models, stacked along every parameter's first axis, have not diverged."""
+    sound = [(jnp.abs(p) < _DIVERGED).reshape(len(p), -1).all(axis=1) for p in jax.tree.leaves(params)]
     return jnp.stack(sound).all(axis=0)
 
 
-def of_each_head(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same for several models at once; one that is not intact stays as it is, and the others go on."""
+def per_head(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Make an optimizer of several models at once; one that has diverged stays as it is, and the others go on."""
 
     def update(gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> Any:
         updates, state = jax.vmap(transformation.update)(gradients, state, params)
-        sound = intact(params)
-        return jax.tree.map(lambda u: jnp.where(sound.reshape(-1, *[1] * (u.ndim - 1)), u, 0), updates), state
+        return zero_where_diverged(updates, not_diverged(params)), state
 
     return optax.GradientTransformation(jax.vmap(transformation.init), update)
 
 
+def zero_where_diverged(tree: Any, sound: Bool[Array, " heads"]) -> Any:
+    """Replace what belongs to a model that has diverged by zeros."""
+    return jax.tree.map(lambda x: jnp.where(sound.reshape(-1, *[1] * (x.ndim - 1)), x, 0), tree)
+
+
 def layer_rates(params: Any, depth: int, decay: float) -> Any:
-    """What each parameter's rate is multiplied by in fine-tuning (Clark et al. 2020, section 3.3; Bao et al. 2021).
+    """Compute layer decay: what each parameter's learning rate is multiplied by in fine-tuning.
 
     1 behind the blocks; `decay` for the last block, decay^2 for the one before ...; decay^(depth + 1) in front.
+    Source: Clark et al. 2020, section 3.3; Bao et al. 2021.
     """
 
     def power(path: tuple[Any, ...]) -> int:
+        """Return the exponent of a parameter's layer."""
         names = [key.key for key in path]
         if names[0] != "encoder" or names[1] == "norm":
             return 0
+        # Projection, class token and positions count as one layer in front of block 0.
         number = int(names[1].removeprefix("block_")) if names[1].startswith("block_") else -1
         return depth - number
 

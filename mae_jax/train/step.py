@@ -16,10 +16,8 @@ from mae_jax.models import Params
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.models.masking import Noise
 from mae_jax.models.patches import Images
-from mae_jax.train.crops import crop_images
-from mae_jax.train.objective import Batch, Objective
+from mae_jax.train.objective import Batch, Objective, Pretraining, reconstruction_loss
 from mae_jax.train.optimizers import learning_rate
-from mae_jax.train.pretraining import Pretraining, reconstruction_loss
 
 
 def select(params: Params, wanted: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> Params:
@@ -43,19 +41,21 @@ def merge(params: Params, part: Params) -> Params:
     }
 
 
-def mean_of_parts(function: Callable[[Any], Any], inputs: Any, count: int, together: int = 1) -> Any:
+def mean_of_parts(function: Callable[[Any], Any], inputs: Any, count: int, group_size: int = 1) -> Any:
     """Average what `function` makes of `count` equal parts of the inputs, one after another.
 
-    A part takes every `count`-th group of `together` neighbouring rows: where the rows are cut over devices, it has as
-    many of each device.
+    A part takes every `count`-th group of `group_size` neighbouring rows.
     """
     if count == 1:
         return function(inputs)
 
+    # Rows a, b, c, d ... in two parts are a, c ... and b, d ..., not the first half and the second: where rows lie cut
+    # over devices, each device then has as many of every part, and none has to be sent to another.
     def cut(x: jax.Array) -> jax.Array:
-        groups = x.reshape(-1, count, together, *x.shape[1:])
+        groups = x.reshape(-1, count, group_size, *x.shape[1:])
         return groups.swapaxes(0, 1).reshape(count, -1, *x.shape[1:])
 
+    # One part after another, so that the activations of one alone are in memory.
     parts = jax.tree.map(cut, inputs)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts)))
     total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, parts)
@@ -63,7 +63,7 @@ def mean_of_parts(function: Callable[[Any], Any], inputs: Any, count: int, toget
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to go on: the data's place in the stream follows from `step`."""
+    """All that a run needs to continue: the data's place in the stream follows from `step`."""
 
     step: Int[Array, ""]  # updates done
     params: Params
@@ -122,15 +122,19 @@ def make_step(config: Run, *, steps_per_epoch: float, epochs: float, axis_name: 
             # Bytes become numbers part by part: the whole batch would take four times its memory.
             pixels = jnp.asarray(part.images)
             if part.crops is not None:
+                from mae_jax.train.crops import crop_images  # noqa: PLC0415 - few runs cut crops on the device
+
                 pixels = crop_images(pixels, part.crops, config.model.image_hw)
             inputs = objective.inputs(part, pixels, state.step)
             return jax.value_and_grad(loss_of, has_aux=True)(trained, inputs)
 
+        # Loss and gradient, averaged over the parts of the batch and then over the devices.
         arrays = jax.tree.map(jnp.asarray, batch)
-        (loss, replaced), grads = mean_of_parts(gradient_of, arrays, config.accumulate, objective.together)
+        (loss, replaced), grads = mean_of_parts(gradient_of, arrays, config.accumulate, objective.group_size)
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
 
+        # The update of the trained parameters; what the loss replaced goes into the others.
         epoch = state.step.astype(wide(config.model.dtype)) / steps_per_epoch
         rate = learning_rate(epoch, config.optim, batch_size=config.batch_size, epochs=epochs)
         updates, optimizer = direction.update(grads, state.optimizer, trained)
@@ -138,6 +142,8 @@ def make_step(config: Run, *, steps_per_epoch: float, epochs: float, axis_name: 
             updates = jax.tree.map(jnp.multiply, updates, rates)
         trained = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, trained, updates)
         params = merge(state.params, trained) | replaced
+
+        # The running average follows the trained parameters; the others are as they are.
         average = state.average
         if config.optim.ema_decay is not None:
             averaged = optax.incremental_update(params, average, step_size=1 - config.optim.ema_decay)

@@ -10,14 +10,15 @@ import pytest
 from mae_jax.config import AugmentConfig, FinetuneConfig, ModelConfig, TransformerConfig
 from mae_jax.data.images.decode import BrokenImage
 from mae_jax.data.sources.source import open_source
-from mae_jax.data.sources.split import Chosen
-from mae_jax.errors import StatedError
-from mae_jax.evaluation.classify import confusion_matrix, draw_confusion, draw_worst, judge
+from mae_jax.data.sources.split import Subset
+from mae_jax.evaluation import classify
+from mae_jax.evaluation.classify import confusion_matrix, draw_confusion, draw_worst, evaluate_classifier
 from mae_jax.hosts import Hosts
 from mae_jax.models.classifier import Classifier
 from mae_jax.train.build import build_engine, run_length
 from mae_jax.train.objective import normalise_images
 from mae_jax.train.step import init_state
+from tests.refusals import refused
 
 CONFIG = FinetuneConfig(
     model=ModelConfig(
@@ -34,7 +35,7 @@ CONFIG = FinetuneConfig(
 )
 
 
-class WithBroken(Chosen):
+class WithBroken(Subset):
     """The fourth image does not decode."""
 
     def load(self, index):
@@ -48,25 +49,36 @@ def params():
     return jax.jit(lambda: init_state(CONFIG))().params
 
 
-def judged(params, source, config=CONFIG, devices=1):
+def evaluated(params, source, config=CONFIG, devices=1):
     engine = build_engine(dataclasses.replace(config, devices=devices), run_length(config, len(source)))
-    return judge(engine.place(params), source, config, engine.rows, devices, Hosts())
+    return evaluate_classifier(engine.place(params), source, config, engine.rows, devices, Hosts())
+
+
+def test_evaluation_reads_in_as_many_workers_as_training(params, monkeypatch):
+    asked, read = [], classify.evaluation_batches
+    monkeypatch.setattr(
+        classify, "evaluation_batches", lambda *args, **given: asked.append(given) or read(*args, **given)
+    )
+    source = WithBroken(open_source("digits", 1), range(30))
+    found = [evaluated(params, source, dataclasses.replace(CONFIG, workers=workers)) for workers in (None, 1)]
+    assert [given["workers"] for given in asked] == [None, 1]
+    np.testing.assert_array_equal(found[0].loss, found[1].loss)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_against_numpy(params, devices):
     """300 images are more than a batch on one device and none too many for four; one of them is broken."""
     source = WithBroken(open_source("digits", 1), range(300))
-    found = judged(params, source, devices=devices)
+    found = evaluated(params, source, devices=devices)
     good = [i for i in range(300) if i != 3]
     images = np.stack([np.asarray(source.load(i))[..., None] for i in good])
     labels = np.array([source.label(i) for i in good])
     pixels = normalise_images(images, CONFIG.augment, "float32")
     logits = np.asarray(Classifier(CONFIG.classifier).apply({"params": params}, pixels), np.float64)
     assert found.left_out == 1
-    np.testing.assert_array_equal(found.place, good)
+    np.testing.assert_array_equal(found.image, good)
     np.testing.assert_array_equal(found.label, labels)
-    np.testing.assert_array_equal(found.named[0], logits.argmax(1))
+    np.testing.assert_array_equal(found.predicted[0], logits.argmax(1))
     ranks = (-logits).argsort(1, kind="stable").argsort(1)[np.arange(299), labels]
     np.testing.assert_array_equal(found.rank[0], ranks)
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(299), labels]
@@ -76,47 +88,47 @@ def test_against_numpy(params, devices):
 
 
 def test_equal_scores_go_to_the_first_class(params):
-    """A head of zeros names class 0, and not all of them at once."""
+    """A head of zeros predicts class 0, and not all of them at once."""
     params = params | {"head": jax.tree.map(jnp.zeros_like, params["head"])}
     source = open_source("digits", 1)
-    found = judged(params, source)
+    found = evaluated(params, source)
     labels = np.array([source.label(i) for i in range(len(source))])
     assert found.top(1)[0] == pytest.approx((labels == 0).mean())
     assert found.top(5)[0] == pytest.approx((labels < 5).mean())
 
 
-def test_what_is_not_finite_names_nothing(params):
+def test_scores_that_are_not_finite_predict_nothing(params):
     """No score is above nan; that does not make it the best."""
     ruined = params | {"head": jax.tree.map(lambda x: x * jnp.nan, params["head"])}
-    source = Chosen(open_source("digits", 1), range(20))
-    assert judged(ruined, source).top(5)[0] == 0
+    source = Subset(open_source("digits", 1), range(20))
+    assert evaluated(ruined, source).top(5)[0] == 0
     both = params | {"head": jax.tree.map(lambda x, y: jnp.stack([x, y]), ruined["head"], params["head"])}
-    found = judged(both, source, dataclasses.replace(CONFIG, last_blocks=0, sweep=(0.1, 0.2)))
-    np.testing.assert_array_equal(found.rank[1], judged(params, source).rank[0])
+    found = evaluated(both, source, dataclasses.replace(CONFIG, last_blocks=0, sweep=(0.1, 0.2)))
+    np.testing.assert_array_equal(found.rank[1], evaluated(params, source).rank[0])
     assert found.top(5)[0] == 0
 
 
-def test_images_of_which_none_can_be_asked(params):
-    class Nothing(Chosen):
+def test_images_of_which_none_has_a_class(params):
+    class Nothing(Subset):
         def label(self, index):
             return -1
 
-    with pytest.raises(StatedError, match="none of the 20 images to evaluate on decodes and has a class"):
-        judged(params, Nothing(open_source("digits", 1), range(20)))
+    with refused("data", "none of the 20 images"):
+        evaluated(params, Nothing(open_source("digits", 1), range(20)))
 
 
 def test_heads_of_a_sweep(params):
     config = dataclasses.replace(CONFIG, last_blocks=0, sweep=(0.1, 0.2))
-    source = Chosen(open_source("digits", 1), range(50))
+    source = Subset(open_source("digits", 1), range(50))
     two = params | {"head": jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x), x]), params["head"])}
-    found = judged(two, source, config)
-    np.testing.assert_array_equal(found.rank[1], judged(params, source).rank[0])
+    found = evaluated(two, source, config)
+    np.testing.assert_array_equal(found.rank[1], evaluated(params, source).rank[0])
     assert found.rank.shape == (2, 50)
 
 
 def test_pictures(params):
     source = open_source("digits", 1)
-    found = judged(params, source)
+    found = evaluated(params, source)
     matrix = confusion_matrix(found, 0, 10)
     assert matrix.sum() == 1797
     assert np.trace(matrix) == (found.rank[0] == 0).sum()
@@ -124,6 +136,6 @@ def test_pictures(params):
     drawn = np.asarray(draw_confusion(matrix, source.class_names, "title"))
     assert drawn.std() > 10
     worst = np.asarray(draw_worst(found, 0, source, CONFIG, count=9))
-    first = int(found.place[found.loss[0].argmax()])
+    first = int(found.image[found.loss[0].argmax()])
     shown = np.asarray(source.load(first)).repeat(12, 0).repeat(12, 1)
     np.testing.assert_array_equal(worst[6 : 6 + 96, 6 : 6 + 96, 0], shown)

@@ -35,5 +35,5 @@ def test_a_classifier(pooling, tmp_path):
 
 def test_a_run_knows_its_heads(tmp_path):
     mae_jax.save_torch(draw_params(MODEL), MODEL, tmp_path / "run", layout="jax")
-    with pytest.raises(StatedError, match=r"run is a run of this project, .* leave out --encoder-heads 3 \(in Python"):
+    with pytest.raises(StatedError, match="leave out --encoder-heads 3"):
         load_pretrained(str(tmp_path / "run"), encoder_heads=3)

@@ -12,12 +12,12 @@ from mae_jax.config import AugmentConfig, ClassifierConfig, ModelConfig, Transfo
 from mae_jax.data.evaluation import load_samples
 from mae_jax.data.sources.digits import DigitsSource
 from mae_jax.data.sources.folder import FolderSource
-from mae_jax.errors import StatedError
 from mae_jax.evaluation.features import check_features, image_features, source_features
 from mae_jax.models.blocks import Block
 from mae_jax.models.classifier import Classifier
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.train.objective import normalise_images
+from tests.refusals import refused
 
 CONFIG = ModelConfig(
     image_size=8,
@@ -114,29 +114,29 @@ def test_features_that_are_not_there_are_refused():
     params = {"encoder": {"norm": {}}}
     check_features(params, CONFIG, "class", -1)
     for block in (1, -2):
-        with pytest.raises(StatedError, match=rf"block {block} is not in -1 \.\. 0: the encoder has 1 blocks"):
+        with refused("block", f"{block} is not in -1 .. 0"):
             check_features(params, CONFIG, "mean", block)
-    with pytest.raises(StatedError, match="this model has none; use mean"):
+    with refused("pooling", "this model has none"):
         check_features(params, dataclasses.replace(CONFIG, class_token=False), "class", None)
-    with pytest.raises(StatedError, match="normalises the mean of the patches alone"):
+    with refused("pooling", "the mean of the patches alone"):
         check_features({"encoder": {}}, CONFIG, "class", None)
 
 
 def test_broken_files_and_a_last_batch_that_is_not_full(tmp_path):
     """On eight devices, batches of 8; progress counts every file."""
-    params, told = draw_params(CONFIG), []
+    params, reported = draw_params(CONFIG), []
     for i in range(21):
         Image.new("L", (9, 12), 10 * i).save(tmp_path / f"{i:02}.png")
     for i in (4, 20):
         (tmp_path / f"{i:02}.png").write_bytes(b"not an image")
     source = FolderSource(str(tmp_path), "L")
-    found = source_features(params, source, CONFIG, AUGMENT, "mean", 6, tell=told.append)
+    found = source_features(params, source, CONFIG, AUGMENT, "mean", 6, report=reported.append)
     assert found.broken.tolist() == [4, 20]
     assert (found.values.shape, found.values.dtype, found.labels.shape) == ((19, 16), np.float32, (19,))
-    assert told == [8, 8, 5]
+    assert reported == [8, 8, 5]
     whole = source_features(params, source, CONFIG, AUGMENT, "mean")
     np.testing.assert_allclose(whole.values, found.values, rtol=1e-5, atol=1e-6)
     for file in tmp_path.iterdir():
         file.write_bytes(b"not an image")
-    with pytest.raises(StatedError, match=r"no image decodes, .*00\.png the first of them"):
+    with refused("data", "00.png"):
         source_features(params, source, CONFIG, AUGMENT, "mean")

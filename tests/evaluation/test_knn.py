@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from mae_jax.errors import StatedError
 from mae_jax.evaluation.knn import Neighbours, Sizes, compare_with_untrained, knn_accuracy, knn_predictions, vote
 from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.train.step import init_state
+from tests.refusals import refused
 from tests.tiny import TINY
 
 
@@ -28,7 +28,7 @@ def clouds(count, seed, classes=4, width=6):
 
 
 def by_loop(bank, queries, k, temperature):
-    """The share named rightly, one query after another."""
+    """The share predicted correctly, one query after another."""
     (features, labels), (asked, truth) = bank, bank if queries is None else queries
     right = 0
     for row, (feature, answer) in enumerate(zip(asked, truth, strict=True)):
@@ -115,7 +115,7 @@ def test_a_low_temperature_leaves_the_nearest():
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_temperature_that_is_none_is_refused(temperature):
-    with pytest.raises(StatedError, match=f"temperature {temperature} is not positive and finite"):
+    with refused("temperature", str(temperature)):
         knn_accuracy(clouds(12, seed=1), None, k=2, temperature=temperature)
 
 
@@ -145,12 +145,12 @@ def test_length_does_not_count():
 @pytest.mark.parametrize(("k", "others", "most"), [(0, True, 12), (13, True, 12), (12, False, 11), (-1, False, 11)])
 def test_k_out_of_range_is_refused(k, others, most):
     queries = clouds(5, seed=2) if others else None
-    with pytest.raises(StatedError, match=rf"k {k} is not in 1 \.\. {most}, the number of images"):
+    with refused("k", f"{k} is not in 1 .. {most}"):
         knn_accuracy(clouds(12, seed=1), queries, k=k, temperature=None)
 
 
 def test_classes_go_by_name_in_both_splits(tmp_path):
-    """Though val lacks one of train's; what has no class, or does not decode, is left out and told."""
+    """Though val lacks one of train's; what has no class, or does not decode, is left out and counted."""
     for split, names in {"train": "abc", "val": "bc"}.items():
         for name in names:
             for i in range(3):
@@ -162,15 +162,15 @@ def test_classes_go_by_name_in_both_splits(tmp_path):
     with contextlib.closing(Checkpoints(tmp_path / "run", config)) as checkpoints:
         checkpoints.save(1, state)
 
-    def said():
+    def result():
         return compare_with_untrained(tmp_path / "run", None, k=1, temperature=None, pooling="mean")
 
-    assert said().startswith("1-NN accuracy, 6 images of val among 9: 100.00% at step 1")
+    assert result().startswith("1-NN accuracy, 6 images of val among 9: 100.00% at step 1")
     (tmp_path / "val" / "b" / "0.png").write_bytes(b"nothing")
     Image.new("L", (8, 8)).save(tmp_path / "train" / "none.png")
-    assert "5 images of val among 9" in said()
-    assert f"Left out: 1 do not decode ({tmp_path}/val/b/0.png) and 1 have no class" in said()
+    assert "5 images of val among 9" in result()
+    assert f"Left out: 1 do not decode ({tmp_path}/val/b/0.png) and 1 have no class" in result()
     (tmp_path / "val" / "d").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "val" / "d" / "0.png")
-    with pytest.raises(StatedError, match="val has classes that train has not: d"):
-        said()
+    with refused("classes", "val has classes that train has not: d"):
+        result()

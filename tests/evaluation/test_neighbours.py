@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae_jax.errors import StatedError
 from mae_jax.evaluation.knn import SIZES, Neighbours, Sizes, nearest
+from tests.refusals import refused
 
 
 def corners(count, seed, width=16):
@@ -80,5 +80,5 @@ def test_zeros_are_equally_far_from_all():
 def test_what_is_not_finite_is_refused(value, in_bank):
     bank, queries = corners(40, 7), corners(40, 8)
     (bank if in_bank else queries)[33, 2] = value
-    with pytest.raises(StatedError, match="the features of image 33 are not finite"):
+    with refused("features", "image 33"):
         gathered(bank, queries, 3, Sizes(chunk=10))

@@ -88,7 +88,7 @@ def test_bad_input_gets_a_sentence(trained: Path, tmp_path: Path, capsys: pytest
         (("features", run, "digits", out, "--split=val"), "digits has no split 'val'"),
         (("features", "/nowhere", "digits", out), "/nowhere does not exist"),
         (("features", str(GOLDEN), "digits", out), "encoder_heads"),
-        (("knn", str(GOLDEN), "--encoder-heads=3"), "does not say what data it was trained on: give --data"),
+        (("knn", str(GOLDEN), "--encoder-heads=3"), "give --data"),
         (("knn", run, "--queries=x.npz"), "is to be looked up in a file of features"),
         (("knn", bank, "--data=digits"), "data digits is for an encoder"),
         (("knn", bank), "x.npz cannot be read: No such file or directory"),

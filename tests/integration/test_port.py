@@ -39,8 +39,8 @@ def test_a_run_goes_to_hugging_face_and_back(run: Run, trained: Path, tmp_path: 
     assert "verified against transformers" in done.stdout
     for name in ("latent", "pred", "loss"):
         assert any(line.startswith(name) and line.endswith("ok") for line in done.stdout.splitlines())
-    said = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
-    assert (said["image_mean"], said["image_std"], said["size"]) == ([0.305], [0.376], {"height": 8, "width": 8})
+    held = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert (held["image_mean"], held["image_std"], held["size"]) == ([0.305], [0.376], {"height": 8, "width": 8})
     back = run("port", tmp_path / "hf", tmp_path / "back", "--to=jax")
     assert (back.returncode, back.stderr) == (0, "")
     # A checkpoint like any other: the same picture comes from both.
@@ -84,7 +84,7 @@ def test_to_every_format(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "words"),
     [
         (["/nowhere", "OUT", "--to=fair"], 1, "/nowhere does not exist"),
         ([GOLDEN, "OUT", "--to=fair"], 1, "give --encoder-heads (width 48) and --decoder-heads (width 32)"),
@@ -96,10 +96,10 @@ def test_to_every_format(run: Run, tmp_path: Path) -> None:
         ([ROOT / "tests", "OUT", "--to=fair"], 1, "holds no weights"),
     ],
 )
-def test_bad_input_gets_a_sentence(run: Run, tmp_path: Path, arguments: list[object], code: int, said: str) -> None:
+def test_bad_input_gets_a_sentence(run: Run, tmp_path: Path, arguments: list[object], code: int, words: str) -> None:
     done = run("port", *(str(word).replace("OUT", f"{tmp_path}/out") for word in arguments))
     assert done.returncode == code
-    assert said in " ".join(done.stderr.replace("│", " ").split())
+    assert words in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -118,7 +118,7 @@ def test_an_existing_destination_is_kept(run: Run, tmp_path: Path) -> None:
 def test_a_difference_leaves_nothing(tmp_path: Path) -> None:
     """One of the library's numbers is moved aside; of all of a bias nothing would be seen behind a LayerNorm."""
     code = (
-        "import sys; from mae_jax import cli; from mae_jax.port import verify as receivers\n"
+        "import sys; from mae_jax.cli import __main__ as cli; from mae_jax.port import verify as receivers\n"
         "reference = receivers.reference\n"
         "def planted(*args):\n"
         "    receiver = reference(*args)\n"
@@ -131,7 +131,7 @@ def test_a_difference_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "DIFFERS" in done.stdout
-    assert "beyond the bound 5e-06: nothing is left at" in done.stderr
+    assert "beyond the bound 5e-06. Nothing is left at" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +142,7 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path: Path, number: sig
     mae_jax.save_torch(draw_params(config), config, tmp_path / "in.pth", layout="fair")
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from mae_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+        "from mae_jax.cli.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     folder = tmp_path / "there"
     process = subprocess.Popen(

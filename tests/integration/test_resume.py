@@ -64,11 +64,67 @@ def test_stop_by_signal(
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert f"stopped by {number.name}; to continue: mae-jax pretrain digits" in out
-    assert err == ""
+    assert err.startswith(f"mae-jax: {number.name}: stopping after step ")
+    assert len(err.splitlines()) == 1
     stopped_at = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert stopped_at == rows(workdir)[-1]["step"] < STEPS
     assert run(*ARGUMENTS, f"--workdir={workdir}").returncode == 0
     assert_equal_runs(never_stopped, workdir)
+
+
+NOHUP = """
+import runpy, signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+runpy.run_module("mae_jax.cli", run_name="__main__")
+"""
+TERMINAL = """
+import os, pty, runpy, sys, time
+process, terminal = pty.fork()
+if process == 0:
+    runpy.run_module("mae_jax.cli", run_name="__main__")
+while not os.path.exists(sys.argv[-1].removeprefix("--workdir=") + "/checkpoints/6"):
+    time.sleep(0.1)
+os.close(terminal)  # as where a connection by ssh is lost
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+
+
+def test_signals_of_clusters_and_terminals(start: Start, tmp_path: Path) -> None:
+    """What nohup ignores stays ignored; a terminal may go away; a second signal ends at once."""
+    arguments = [*ARGUMENTS, "--batch-size=512", "--steps=400", "--save-every=6"]
+    workdirs = [tmp_path / name for name in ("first", "nohup", "terminal", "twice")]
+    programs = [("-m", "mae_jax.cli"), ("-c", NOHUP), ("-c", TERMINAL), ("-m", "mae_jax.cli")]
+    processes = [
+        start(*arguments, f"--workdir={workdir}", program=program)
+        for workdir, program in zip(workdirs, programs, strict=True)
+    ]
+    first, nohup, _, twice = processes
+    try:
+        for workdir in workdirs:
+            wait_for(lambda workdir=workdir: has_step(workdir, 7))  # type: ignore[misc]
+        first.send_signal(signal.SIGUSR2)
+        nohup.send_signal(signal.SIGHUP)
+        nohup.send_signal(signal.SIGUSR1)
+        twice.send_signal(signal.SIGINT)
+        assert twice.stderr is not None
+        answer = twice.stderr.readline()
+        twice.send_signal(signal.SIGINT)
+        texts = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [140, 138, 129, 130], texts
+    for workdir in workdirs[:3]:
+        assert rows(workdir)[-1]["step"] in checkpoints(workdir)
+    assert answer.startswith("mae-jax: SIGINT: stopping after step ")
+    newest = max({0, *checkpoints(workdirs[3])})
+    assert newest < rows(workdirs[3])[-1]["step"]
+    assert f"mae-jax: SIGINT: ended at once; what is since step {newest} is lost" in texts[3][1]
+    assert "is saved" not in texts[3][0]
+
+
+def checkpoints(workdir: Path) -> set[int]:
+    return {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
 
 
 def test_killed_in_the_middle_of_a_save(start: Start, run: Run, never_stopped: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Model code must say where it changes a dtype: nothing is promoted on the quiet."""
+"""Model code must state where it changes a dtype: nothing is promoted implicitly."""
 
 import jax
 import pytest

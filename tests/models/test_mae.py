@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,10 +155,10 @@ def test_encode_shows_the_encoder_every_patch(name):
 )
 def test_wrong_shapes_are_refused_with_both(images, noise):
     model = MaskedAutoencoder(PLAIN)
-    with pytest.raises(ValueError, match="do not fit the configuration") as refused:
+    with pytest.raises(ValueError, match="do not fit the configuration") as caught:
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(images), jnp.zeros(noise))
     for shape in (images, noise, (8, 12, 3), (12,)):
-        assert str(shape) in str(refused.value)
+        assert str(shape) in str(caught.value)
 
 
 def test_what_is_not_used_is_not_computed():
@@ -178,3 +179,21 @@ def test_what_is_not_used_is_not_computed():
     # The last product over all patches, 2 x batch x L x d x P, has to be done for `pred`.
     product = 2 * 3 * config.num_patches * config.decoder.width * config.patch_dim
     assert both - loss > 0.9 * product
+
+
+@pytest.mark.parametrize("loss_on", ["hidden", "all"])
+def test_the_prediction_is_computed_once_outside_of_compiled_functions(loss_on):
+    """Nothing drops what is not used there; the loss is taken of the one prediction."""
+    apply, params, images, noise = build(dataclasses.replace(PLAIN, loss_on=loss_on))
+    calls = []
+
+    def count(call, args, kwargs, context):
+        calls.append("/".join(context.module.path) + "." + context.method_name)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(count):
+        out = MaskedAutoencoder(dataclasses.replace(PLAIN, loss_on=loss_on)).apply({"params": params}, images, noise)
+    assert calls.count("decoder.predict") == calls.count("decoder/pred.__call__") == 1
+    compiled = apply(params, images, noise)
+    np.testing.assert_allclose(out.loss, compiled.loss, rtol=1e-5)
+    np.testing.assert_allclose(out.pred, compiled.pred, rtol=1e-4, atol=1e-5)

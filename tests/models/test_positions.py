@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mae_jax.models.positions import fixed_positions, resize_positions, sincos1d, sincos2d
+from mae_jax.models.patches import fixed_positions, resize_positions, sincos1d, sincos2d
 
 sin, cos = math.sin, math.cos
 

@@ -21,10 +21,12 @@ from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import to_fair
 from mae_jax.port.layouts import to_layout, written
 from mae_jax.port.read import read_weights
-from mae_jax.port.verify import lightly, outputs, timm_name, timm_vit
+from mae_jax.port.receivers.lightly import lightly
+from mae_jax.port.receivers.timm import timm_name, timm_vit
+from mae_jax.port.verify import outputs
 from parity import peers
+from parity.inputs import Reference
 from parity.models import SQUARE
-from parity.reference import Reference
 
 from .conftest import CLASSIFIERS, ODD, TINY, draw_params
 from .test_round_trips import same
@@ -57,8 +59,8 @@ def test_hugging_face_takes_every_key(tmp_path, part):
     from transformers import ViTMAEForPreTraining, ViTMAEModel
 
     mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "hf", layout="huggingface", part=part)
-    said = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (said["layer_norm_eps"], said["norm_pix_loss"]) == (1e-6, True)
+    written_config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (written_config["layer_norm_eps"], written_config["norm_pix_loss"]) == (1e-6, True)
     model, info = ViTMAEModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
@@ -209,12 +211,12 @@ def test_lightlys_default_vit_with_a_head_is_read(tmp_path):
 
 @pytest.mark.parametrize("to", ["huggingface", "timm", "lightly", "lightly-deprecated"])
 def test_a_port_is_verified_by_the_library(tmp_path, to):
-    said = []
+    lines = []
     mae_jax.save_torch(draw_params(ODD), ODD, tmp_path / "f.pth", layout="fair")
-    port(str(tmp_path / "f.pth"), tmp_path / "there", to, say=said.append)
+    port(str(tmp_path / "f.pth"), tmp_path / "there", to, log=lines.append)
     library = {"huggingface": "transformers"}.get(to, to.split("-")[0])
-    assert any(line.startswith(f"verified against {library} ") for line in said)
-    assert said[-1] == f"wrote {tmp_path / 'there'}"
+    assert any(line.startswith(f"verified against {library} ") for line in lines)
+    assert lines[-1] == f"wrote {tmp_path / 'there'}"
     again = read_weights(tmp_path / "there", Hints(5, 2))
     kept = draw_params(ODD) if to != "timm" else {"encoder": draw_params(ODD)["encoder"]}
     assert same(kept, again.params)

@@ -14,11 +14,11 @@ torch = pytest.importorskip("torch")
 
 import mae_jax
 from mae_jax.config import MODELS, ModelConfig
-from mae_jax.errors import StatedError
 from mae_jax.port.convert import port
 from mae_jax.port.infer_config import Hints
 from mae_jax.port.read import read_weights
 from mae_jax.storage.checkpoints import load_params
+from tests.refusals import refused
 
 from .conftest import CLASSIFIERS, ODD, TINY, draw_params, same
 
@@ -108,9 +108,9 @@ def test_smaller_files_hold_the_rounded_values(tmp_path, dtype, suffix):
 def test_smaller_files_come_in_with_exact_positions(tmp_path, dtype, part):
     """Their tables are rounded; this project's are not, and what it computes is verified to float32's bound."""
     file = mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / "f.pth", layout="fair", dtype=dtype)
-    said = []
-    port(str(file), tmp_path / "run", "jax", part=part, say=said.append)
-    assert [line.split()[-2:] for line in said if line.startswith(("latent", "pred"))] == [["5.0e-06", "ok"]] * (
+    lines = []
+    port(str(file), tmp_path / "run", "jax", part=part, log=lines.append)
+    assert [line.split()[-2:] for line in lines if line.startswith(("latent", "pred"))] == [["5.0e-06", "ok"]] * (
         2 if part == "all" else 1
     )
     found, params = reread(tmp_path / "run", "jax", TINY)
@@ -138,16 +138,16 @@ def test_the_encoder_of_a_classifier(tmp_path, to):
     """Where it pools by the class token, its encoder is one like any other."""
     config = CLASSIFIERS["class"]
     mae_jax.save_torch(draw_params(config), config, tmp_path / "f.pth", layout="fair")
-    said = []
+    lines = []
     port(
         str(tmp_path / "f.pth"),
         tmp_path / "there",
         to,
         part="encoder",
         hints=Hints(encoder_heads=None),
-        say=said.append,
+        log=lines.append,
     )
-    assert said[-1].startswith("wrote")
+    assert lines[-1].startswith("wrote")
     assert same({"encoder": draw_params(config)["encoder"]}, read_weights(tmp_path / "there", Hints(3)).params)
 
 
@@ -161,7 +161,7 @@ def test_a_pca_model_goes_to_jax_with_its_basis_and_its_encoder_anywhere(tmp_pat
     found, again = reread(tmp_path / "again", "jax", config)
     assert found == config
     assert same(params, again)
-    with pytest.raises(StatedError, match="pca_components 5, and its decoder predicts pixels"):
+    with refused("to", "pca_components 5, and its decoder predicts pixels"):
         port(str(run), tmp_path / "hf", "huggingface")
     mae_jax.save_torch(params, config, tmp_path / "hf", layout="huggingface", part="encoder")
     found, again = mae_jax.load_torch(tmp_path / "hf")

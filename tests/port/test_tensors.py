@@ -13,8 +13,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mae_jax.errors import StatedError
-from mae_jax.port.tensors import beside, read_file, write_safetensors, write_torch
+from mae_jax.port.tensors import read_file, write_safetensors, write_torch
+from mae_jax.port.write import beside
+from tests.refusals import refused
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
 
@@ -37,10 +38,8 @@ def test_code_is_not_run(tmp_path, kind):
         file.write_bytes(pickle.dumps(held["args"]))
     else:
         torch.save(held, file, _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(StatedError, match=r"could run code when it is opened.*is not read") as raised:
+    with refused("source", "could run code when it is opened (it names posix.system), and is not read"):
         read_file(file)
-    if kind != "plain pickle":
-        assert "posix.system" in str(raised.value)
     assert not made.exists()
     pickle.loads(pickle.dumps(Runs(made)))  # it would have
     assert made.exists()
@@ -58,6 +57,34 @@ def test_arguments_in_a_namespace_are_read(tmp_path):
     assert contents.arguments == {"mask_ratio": 0.6}
     assert contents.left == ("optimizer", "epoch")
     assert contents.tensors["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_what_training_scripts_keep_beside_weights_is_no_obstacle(tmp_path, old):
+    """All of it is what torch.load with weights_only takes."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW(module.parameters())
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
+    module(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    held = {
+        "state_dict": module.state_dict(),
+        "parameters": dict(module.named_parameters()),
+        "optimizer": optimizer.state_dict(),
+        "lr_schedulers": [schedule.state_dict()],
+        "random": torch.get_rng_state(),
+        "hyper_parameters": {"betas": (0.9, 0.95), "dtype": torch.bfloat16, "device": torch.device("cpu"), "size": 3j},
+        "names": {"a", "b"},
+        "key": b"abc",
+        "shape": torch.Size([1, 2]),
+        ("a", ("b", 1)): None,
+        "sparse": torch.eye(2).to_sparse(),
+        "history": [float(i) for i in range(10_000)],
+    }
+    torch.save(held, tmp_path / "f.ckpt", _use_new_zipfile_serialization=not old)
+    contents = read_file(tmp_path / "f.ckpt")
+    assert contents.tensors.keys() == module.state_dict().keys()
+    assert len(contents.left) == len(held) - 1
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict", None])
@@ -94,7 +121,7 @@ def test_every_dtype_there_and_back(tmp_path, dtype, suffix):
 )
 def test_a_tensor_that_is_no_plain_array_is_named(tmp_path, values, kind):
     torch.save({"a": torch.ones(2), "odd": values}, tmp_path / "f.pth")
-    with pytest.raises(StatedError, match=rf"f.pth holds odd as {kind}, which is not read here"):
+    with refused("odd", f"f.pth holds odd as {kind}, which is not read here"):
         read_file(tmp_path / "f.pth")
 
 
@@ -102,7 +129,7 @@ def test_safetensors_of_eight_bits_are_named(tmp_path):
     header = {"odd": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}
     text = json.dumps(header).encode()
     (tmp_path / "f.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0")
-    with pytest.raises(StatedError, match=r"f.safetensors holds odd as F8_E4M3, which is not read here"):
+    with refused("odd", "f.safetensors holds odd as F8_E4M3, which is not read here"):
         read_file(tmp_path / "f.safetensors")
 
 
@@ -140,13 +167,13 @@ def faulty(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "words"),
     [
         ("empty", "is empty"),
         ("text", "is not a checkpoint: it begins neither"),
         ("another zip", "is damaged, cut short or not a PyTorch checkpoint"),
         ("one tensor", "holds Tensor, not a dictionary of tensors"),
-        ("no tensors", r"holds no tensors \(its keys: epoch\)"),
+        ("no tensors", "holds no tensors (its keys: epoch)"),
         ("cut torch", "is damaged, cut short"),
         ("cut torch before 1.6", "is damaged, cut short"),
         ("cut safetensors", "is damaged or cut short"),
@@ -154,11 +181,10 @@ def faulty(folder, name):
         ("a folder", "cannot be read: Is a directory"),
     ],
 )
-def test_what_is_no_checkpoint_gets_a_sentence(tmp_path, name, said):
+def test_what_is_no_checkpoint_gets_a_sentence(tmp_path, name, words):
     file = faulty(tmp_path, name)
-    with pytest.raises(StatedError, match=said) as raised:
+    with refused("source", str(file), words):
         read_file(file)
-    assert str(file) in str(raised.value)
 
 
 def test_a_destination_is_whole_or_as_it_was(tmp_path):
@@ -170,7 +196,7 @@ def test_a_destination_is_whole_or_as_it_was(tmp_path):
         fresh.write_text("whole")
         assert not file.exists()
     assert file.read_text() == "whole"
-    with pytest.raises(StatedError, match="exists; --force replaces it"), beside(file, force=False):
+    with refused("destination", "exists; --force replaces it"), beside(file, force=False):
         pass
     with pytest.raises(ZeroDivisionError), beside(file, force=True) as fresh:
         (fresh.write_text("half"), 1 // 0)
@@ -190,8 +216,7 @@ def test_only_a_ported_folder_is_replaced(tmp_path):
         (fresh / "model.safetensors").touch()
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
     (folder / "thesis.tex").touch()
-    said = r"holds other things than a ported model \(thesis.tex\)"
-    with pytest.raises(StatedError, match=said), beside(folder, force=True):
+    with refused("destination", "holds other things than a ported model (thesis.tex)"), beside(folder, force=True):
         pass
     assert (folder / "thesis.tex").exists()
 
@@ -216,7 +241,7 @@ def test_what_came_to_the_destination_in_the_meantime_stays(tmp_path, force):
             folder.mkdir()
             (folder / "thesis.tex").write_text("mine")
 
-    with pytest.raises(StatedError, match="exists; --force" if not force else "holds other things"):
+    with refused("destination"):
         write()
     assert (folder / "thesis.tex").read_text() == "mine"
     assert list(tmp_path.iterdir()) == [folder]
@@ -225,5 +250,5 @@ def test_what_came_to_the_destination_in_the_meantime_stays(tmp_path, force):
 @pytest.mark.parametrize("content", [b"\x80\x02garbage", b"\x80\x04\x95"])
 def test_damage_is_not_called_malice(tmp_path, content):
     (tmp_path / "f.pth").write_bytes(content)
-    with pytest.raises(StatedError, match="is damaged, cut short or not a PyTorch checkpoint"):
+    with refused("source", "is damaged, cut short or not a PyTorch checkpoint"):
         read_file(tmp_path / "f.pth")

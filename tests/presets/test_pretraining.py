@@ -1,4 +1,4 @@
-"""Recipes hold what their sources say, cost what they claim, and their step runs."""
+"""Recipes hold the values of their sources, cost what they claim, and their step runs."""
 
 import re
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_the_tutorial_takes_a_step():
 
 
 @pytest.mark.parametrize("name", COSTED)
-def test_a_docstring_tells_command_and_cost(name):
+def test_a_docstring_has_command_and_cost(name):
     text, config = PRESETS[name].__doc__, PRESETS[name]()
     assert f"mae-jax pretrain {name}" in text
     gflop, images, million, epochs, total = re.search(

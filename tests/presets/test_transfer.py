@@ -61,7 +61,7 @@ def test_the_authors_values(size, values):
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "GFLOP" in (RECIPES[name].__doc__ or "")])
-def test_a_docstring_tells_command_and_cost(name):
+def test_a_docstring_has_command_and_cost(name):
     recipe = RECIPES[name]
     text, config = recipe.__doc__, replace(recipe(), classes=10)
     assert f"mae-jax {name} --init" in text

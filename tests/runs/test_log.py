@@ -1,5 +1,6 @@
 """metrics.jsonl across restarts, and what is said on the way."""
 
+import contextlib
 import errno
 import json
 import os
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from mae_jax.errors import StatedError
-from mae_jax.runs.log import EVENTS, METRICS_FILE, RunLog, SilentLog, read_metrics
+from mae_jax.runs.log import EVENTS, RunLog, SilentLog, missing_steps, read_metrics
+from mae_jax.storage.workdir import METRICS_FILE
+from tests.refusals import refused
 
 
 def write_run(workdir, start, stop, *, loss=1.0):
@@ -83,31 +85,118 @@ def test_an_empty_log_has_neither(tmp_path, name):
     assert all(name.encode() not in file.read_bytes() for file in (tmp_path / EVENTS).iterdir())
 
 
-def test_a_line_that_is_no_row_is_named(tmp_path):
-    (tmp_path / METRICS_FILE).write_text('{"step": 1}\ngarbage\n')
-    with pytest.raises(StatedError, match=r"metrics.jsonl, line 2, is not JSON .*: mend or remove it"):
-        read_metrics(tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "words"),
     [
-        (b"5", r"is not a step and its numbers \(5\)"),
-        (b'{"loss": 1}', r"is not a step and its numbers \(\{"),
-        (b'{"step": 2, "loss": "low"}', r"is not a step and its numbers \(\{"),
-        (b"\xff\xfe", r"is not JSON \(.*can't decode"),
+        (b"garbage", "is not JSON: "),
+        (b"5", "is not a step and its numbers (5)"),
+        (b'{"loss": 1}', "is not a step and its numbers ({"),
+        (b'{"step": "2"}', "is not a step and its numbers ({"),
+        (b'{"step": NaN}', "is not a step and its numbers ({"),
+        (b'{"step": 2, "loss": "low"}', "is not a step and its numbers ({"),
+        (b"\xff\xfe", "is not JSON: "),
+        (b'{"step": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
+        (b"[" * 100_000, "nested too deep"),
     ],
 )
-def test_so_is_one_of_another_kind(tmp_path, line, said):
+def test_a_line_that_is_no_row_is_named(tmp_path, line, words):
     (tmp_path / METRICS_FILE).write_bytes(b'{"step": 1}\n' + line + b"\n")
-    with pytest.raises(StatedError, match=rf"metrics.jsonl, line 2, {said}.*: mend or remove it$"):
+    with refused(METRICS_FILE, f"{METRICS_FILE}, line 2", words, ": mend or remove it"):
         RunLog(tmp_path, 1, 3)
 
 
 def test_a_folder_in_the_place_of_the_rows_is_named(tmp_path):
     (tmp_path / METRICS_FILE).mkdir()
-    with pytest.raises(StatedError, match=r"metrics.jsonl cannot be read \(Is a directory\): mend or remove it$"):
+    with refused(METRICS_FILE, "metrics.jsonl cannot be read (Is a directory): mend or remove it"):
         RunLog(tmp_path, 0, 3)
+
+
+def continued(workdir, text, start, every, capsys):
+    """What is reported, and the rows that are left, where a run goes on after `start`."""
+    (workdir / METRICS_FILE).write_text(text)
+    with RunLog(workdir, start, start + 1, every):
+        pass
+    return capsys.readouterr().out, read_metrics(workdir)
+
+
+def lines(*steps, key="loss"):
+    return "".join(json.dumps({"step": step, key: 1.0}) + "\n" for step in steps)
+
+
+def test_rows_that_stand_twice_are_kept_once(tmp_path, capsys):
+    """A step and its evaluation are two rows. The last of several is the one that the checkpoint follows from."""
+    text = lines(1, 2) + lines(2, key="top1") + lines(3, 2, 4) + '{"step": 2, "loss": 7.0}\n' + lines(3)
+    out, rows = continued(tmp_path, text, 4, 1, capsys)
+    assert out == f"WARNING: {tmp_path / METRICS_FILE} had more than one row of steps 2, 3: the last of each is kept\n"
+    assert [(row["step"], row.get("loss", "evaluated")) for row in rows] == [
+        (1, 1.0),
+        (2, 7.0),
+        (2, "evaluated"),
+        (3, 1.0),
+        (4, 1.0),
+    ]
+
+
+def test_rows_that_are_missing_are_named(tmp_path, capsys):
+    out, _ = continued(tmp_path, lines(*(set(range(1, 20)) - {3, 6, 7, 8, 11, 12})), 20, 1, capsys)
+    assert out == (
+        f"WARNING: {tmp_path / METRICS_FILE} has no row of steps 3, 6, 7, 8, 11 and 2 more, which came before step 20\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "every", "missing"),
+    [
+        (range(1, 9), 8, 1, []),
+        ((10, 20, 27, 30), 35, 10, []),
+        ((10, 30, 40), 40, 10, [20]),
+        ((), 40, 10, [10, 20, 30, 40]),
+        ((10, 20), 40, 10, [30, 40]),
+        ((20, 30, 40), 40, 10, [10]),
+        ((50, 100, 110, 120), 120, 10, []),  # every 50 steps before
+        ((10, 20, 30, 80, 130), 130, 10, []),  # and again since
+        ((10, 20, 30, 80, 130, 140, 150), 150, 10, []),
+        ((), 5, 10, []),
+    ],
+)
+def test_which_rows_are_missing(steps, start, every, missing):
+    assert missing_steps([{"step": step, "loss": 1.0} for step in steps], start, every) == missing
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    with RunLog(tmp_path, 0, 3) as log:
+        synced.clear()
+        log.row(1, {"loss": 1.0})
+        log.sync()
+        assert synced == [str(tmp_path / METRICS_FILE)]
+        monkeypatch.setattr("os.fsync", full)
+        with refused(METRICS_FILE, "cannot be written: No space left on device. Make room"):
+            log.sync()
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("stream", ["/dev/full", "closed", "None"])
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_nobody_to_report_to_is_no_reason_to_end(tmp_path, monkeypatch, name, stream):
+    """A full disk behind the output, a terminal that is gone, no output at all."""
+    with open(tmp_path / "out" if stream == "closed" else "/dev/full", "w", buffering=1) as output:
+        if stream == "closed":
+            output.close()
+        monkeypatch.setattr(f"sys.{name}", None if stream == "None" else output)
+        with RunLog(tmp_path, 0, 3) as log:
+            log.step_done()
+            log.row(1, {"loss": 1.0})
+            log.message("a file is broken")
+        SilentLog(1).message("a file is broken")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            output.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
 def test_a_full_disk_is_said_in_a_sentence(tmp_path):
@@ -115,7 +204,7 @@ def test_a_full_disk_is_said_in_a_sentence(tmp_path):
     with RunLog(tmp_path, 0, 3) as log:
         log._file.close()
         log._file = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
-        with pytest.raises(StatedError, match=r"/dev/full cannot be written: No space left on device\. Make room"):
+        with refused(EVENTS, "/dev/full cannot be written: No space left on device. Make room"):
             log.row(1, {"loss": 1.0})
 
 
@@ -124,25 +213,22 @@ def test_so_is_one_under_the_event_file(tmp_path):
         log._events.close()
         log._events.path = "/dev/full"
         log._events._writer = RecordWriter(Path("/dev/full").open("wb"))  # noqa: SIM115
-        with pytest.raises(StatedError, match=r"/dev/full cannot be written: No space left on device\. Make room"):
+        with refused(EVENTS, "/dev/full cannot be written: No space left on device. Make room"):
             log.row(1, {"loss": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
 def test_a_file_in_the_place_of_the_events_is_named(tmp_path):
     (tmp_path / EVENTS).touch()
-    with pytest.raises(StatedError, match=rf"no event file can be made in {tmp_path / EVENTS}: File exists"):
+    with refused(EVENTS, f"no event file can be made in {tmp_path / EVENTS}: File exists"):
         RunLog(tmp_path, 0, 3)
 
 
 @pytest.mark.parametrize("taken", ["os.replace", "mae_jax.runs.log.Events._write"])
 def test_a_log_that_cannot_begin_leaves_no_file_open(tmp_path, monkeypatch, taken):
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     opened = sorted(Path("/proc/self/fd").iterdir())
     monkeypatch.setattr(taken, full)
-    with pytest.raises(StatedError, match=r"(metrics.jsonl cannot|no event file can) be .*: No space left"):
+    with refused(METRICS_FILE if taken == "os.replace" else EVENTS, "No space left"):
         RunLog(tmp_path, 0, 3)
     assert sorted(Path("/proc/self/fd").iterdir()) == opened
 

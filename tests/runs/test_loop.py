@@ -6,8 +6,10 @@ import signal
 
 import pytest
 
-from mae_jax.runs import loop, run
+from mae_jax.runs import loop
+from mae_jax.runs.log import RunLog
 from mae_jax.runs.pretrain import Pictures, pretrain
+from mae_jax.runs.stop import StopRequest
 
 
 def test_a_row_counts_all_of_its_steps(tiny, tmp_path, monkeypatch):
@@ -27,16 +29,12 @@ def test_a_stopped_run_draws_no_picture(tiny, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Pictures, "after", lambda pictures, run, step, state, last: drawn.append(step))
 
-    class AtOnce(run.StopRequest):
-        def after(self, step):
-            self.signal = signal.SIGTERM
-            return True
-
-    monkeypatch.setattr(run, "StopRequest", AtOnce)
+    stop = StopRequest()
+    stop.request()
     config = dataclasses.replace(
         tiny(), steps=6, reconstruct_every=1, devices=1, workers=0, workdir=str(tmp_path / "run")
     )
-    assert pretrain(config).step == 1
+    assert pretrain(config, stop=stop).step == 1
     assert drawn == []
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
 
@@ -47,15 +45,18 @@ def test_a_signal_during_the_last_step_is_told(tiny, tmp_path, monkeypatch, at, 
     drawn = []
     monkeypatch.setattr(Pictures, "after", lambda pictures, run, step, state, last: drawn.append(step))
 
-    class At(run.StopRequest):
-        def after(self, step):
-            self.signal = signal.SIGTERM if step == at else None
-            return step == at
+    stop = StopRequest()
+    step_done = RunLog.step_done
 
-    monkeypatch.setattr(run, "StopRequest", At)
+    def ask(log):
+        step_done(log)
+        if stop.step == at:
+            stop.request()
+
+    monkeypatch.setattr(RunLog, "step_done", ask)
     config = dataclasses.replace(
         tiny(), steps=6, reconstruct_every=None, devices=1, workers=0, workdir=str(tmp_path / "run")
     )
-    finished = pretrain(config)
+    finished = pretrain(config, stop=stop)
     assert (finished.step, finished.signal) == (6, ended_by)
     assert (6 in drawn) == (at is None)

@@ -49,7 +49,9 @@ def test_parameters_of_a_broken_checkpoint_are_refused(run, damage, caplog):
     _, workdir, _ = run
     folder = workdir / "checkpoints" / "4"
     damage(folder)
-    with pytest.raises(StatedError, match=rf"{folder}.* (cannot be read|nor a checkpoint)"):
+    with pytest.raises(StatedError) as caught:
         load_params(folder)
+    assert caught.value.field in ("checkpoint", "record")
+    assert str(folder) in str(caught.value)
     gc.collect()
     assert caplog.records == []  # what failed beside the first read does not speak up later

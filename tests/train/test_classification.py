@@ -9,7 +9,7 @@ import pytest
 
 from mae_jax.config import FinetuneConfig, MixConfig, OptimConfig
 from mae_jax.train.build import Length, build_engine
-from mae_jax.train.classification import Classification, folded, head_logits
+from mae_jax.train.classification import Classification, fold_batch_norm, head_logits
 from mae_jax.train.objective import Batch
 from mae_jax.train.step import init_state, make_step, merge, select
 
@@ -95,7 +95,7 @@ def test_it_learns(classify, labelled):
 
 
 def test_a_sweep_is_as_many_runs(classify, labelled):
-    """Each head learns what a run with its rate alone teaches it; the loss told is that of the best."""
+    """Each head learns what a run with its rate alone teaches it; the loss reported is that of the best."""
     rates, given = (0.3, 3.0, 30.0), labelled(4)
     sweep, losses = trained(classify(**PROBE, sweep=rates), given)
     alone = [
@@ -128,8 +128,8 @@ def test_a_folded_batch_norm_gives_the_same_logits(classify, labelled):
     moments = params["statistics"]
     normed = (features - moments["mean"]) / jnp.sqrt(moments["variance"] + 1e-6)
     expected = head_logits(params["head"], normed)
-    np.testing.assert_allclose(head_logits(folded(params)["head"], features), expected, rtol=1e-4, atol=1e-5)
-    assert "statistics" not in folded(params)
+    np.testing.assert_allclose(head_logits(fold_batch_norm(params)["head"], features), expected, rtol=1e-4, atol=1e-5)
+    assert "statistics" not in fold_batch_norm(params)
 
 
 @pytest.mark.parametrize("kind", ["whole", "probe"])

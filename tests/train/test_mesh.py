@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mae_jax.errors import StatedError
 from mae_jax.storage.checkpoints import Checkpoints, load_params
 from mae_jax.train.build import Length, build_engine, state_shapes
 from mae_jax.train.mesh import SHARD, cut, make_mesh
 from mae_jax.train.objective import Batch
 from mae_jax.train.step import init_state
+from tests.refusals import refused
 
 LENGTH = Length(40, 4.0, 10.0)
 EVERYTHING = {"accumulate": 2, "ema_decay": 0.9, "clip_norm": 0.5, "base_lr": 0.04, "eps": 1e-4}
@@ -46,17 +46,17 @@ def test_what_is_small_or_odd_stays_whole(shape):
 
 
 @pytest.mark.parametrize(
-    ("count", "fsdp", "said"),
-    [(2, 4, r"fsdp 4 needs as many devices, there are 2"), (8, 3, r"fsdp 3 does not divide 8 devices .*: 2\)")],
+    ("count", "fsdp", "words"),
+    [(2, 4, ["fsdp 4", "there are 2"]), (8, 3, ["fsdp 3 does not divide 8 devices", "below that does: 2"])],
 )
-def test_devices_that_make_no_groups_are_refused(count, fsdp, said):
-    with pytest.raises(StatedError, match=said):
+def test_devices_that_make_no_groups_are_refused(count, fsdp, words):
+    with refused("fsdp", *words):
         make_mesh(jax.devices()[:count], fsdp)
 
 
 @pytest.mark.parametrize("engine", ["jit", "fsdp"])
 def test_a_batch_that_does_not_divide_is_refused(tiny, engine):
-    with pytest.raises(StatedError, match=r"batch_size 20 .* 8 devices x accumulate 2 \(nearest that is: 16\)"):
+    with refused("batch_size"):
         build(tiny(batch_size=20, accumulate=2), engine=engine)
 
 
@@ -142,11 +142,11 @@ def test_a_checkpoint_goes_from_any_engine_to_any_other(tmp_path, tiny):
     for step, changes in enumerate(LAYOUTS, 1):
         engine = build(config, **changes)
         with contextlib.closing(Checkpoints(tmp_path, config)) as checkpoints:
-            said = []
-            state = checkpoints.restore_latest(shapes, engine.layout(shapes), said.append)
+            warnings = []
+            state = checkpoints.restore_latest(shapes, engine.layout(shapes), warnings.append)
             state = engine.place(expected) if state is None else state
             assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, engine.layout(state)))
             jax.tree.map(np.testing.assert_array_equal, state, expected)
             checkpoints.save(step, state)
-            assert said == []
+            assert warnings == []
         jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path)[1], expected.average)

@@ -1,4 +1,4 @@
-"""Mixing and erasing against timm's own, as arrays, and what no library says."""
+"""Mixing and erasing against timm's own, as arrays, and by hand what no library has."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def timms(make, monkeypatch, share, use_cutmix, centre=(0, 0)):
     order = np.argsort(AS_TIMM)
     torch = pytest.importorskip("torch")
     images = torch.from_numpy(IMAGES[order]).movedim(-1, 1).contiguous()
-    # Its targets are made on the GPU unless told; on a CPU they are what they are there.
+    # Its targets are made on the GPU by default; on a CPU they are the same.
     monkeypatch.setattr("timm.data.mixup.one_hot", _one_hot)
     mixed, goal = mixer(images, torch.from_numpy(LABELS[order]))
     return mixed.movedim(1, -1).numpy()[AS_TIMM], goal.numpy()[AS_TIMM]

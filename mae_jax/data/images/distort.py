@@ -1,4 +1,5 @@
-"""RandAugment (Cubuk et al. 2019) as timm does it: `rand-m*-mstd*-inc1`, the recipe of He et al. 2021, Table 9.
+"""Colour jitter as torchvision does it, and RandAugment (Cubuk et al. 2019) as timm does it: `rand-m*-mstd*-inc1`,
+the recipe of He et al. 2021, Table 9. Imported only where one of them is on.
 
 Of timm's 15 operations, all of which do more the larger the magnitude, two are drawn for each image, with replacement;
 each is applied half of the time, at a magnitude of its own. A level is the magnitude as a share of 10; signed ones go
@@ -12,13 +13,30 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from mae_jax.config import AugmentConfig
+from mae_jax.data.images.decode import to_array, to_image
+
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
-def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation, in random order, each by a factor uniform in 1 - strength .. 1 + strength.
+def distort(pixels: np.ndarray, config: AugmentConfig, generator: Callable[[str], np.random.Generator]) -> np.ndarray:
+    """Apply RandAugment and colour jitter, in timm's order, as far as they are on, to uint8 (height, width, channels).
 
-    A factor is never below 0. A grey image has no saturation to change.
+    `generator` gives the example's own generator of a stream, and is asked only for those that are used.
+    """
+    image = to_image(pixels)
+    if config.rand_augment is not None:
+        draws = generator("rand_augment")
+        image = rand_augment(image, config.rand_augment, config.rand_augment_std, fill_colour(config.mean), draws)
+    if config.color_jitter:
+        image = color_jitter(image, config.color_jitter, generator("jitter"))
+    return to_array(image)
+
+
+def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+    """Change brightness, contrast and saturation, in random order, each by a random factor.
+
+    It is uniform in 1 - strength .. 1 + strength, and never below 0. A grey image has no saturation to change.
     """
     order = rng.permutation(len(_ENHANCERS))
     factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, len(_ENHANCERS))
@@ -33,7 +51,7 @@ _MAX_MAGNITUDE = 10.0
 
 
 def fill_colour(mean: Sequence[float]) -> Fill:
-    """The mean of the data in bytes, which timm's `create_transform` fills with."""
+    """Return the mean of the data in bytes, which timm's `create_transform` fills with."""
     return tuple(min(255, max(0, round(255 * value))) for value in mean)
 
 
@@ -50,12 +68,12 @@ def _invert(image: Image.Image, level: float, fill: Fill) -> Image.Image:
 
 
 def _rotate(image: Image.Image, level: float, fill: Fill) -> Image.Image:
-    """By up to 30 degrees."""
+    """Turn by up to 30 degrees."""
     return image.rotate(level * 30.0, resample=Image.Resampling.BICUBIC, fillcolor=fill)
 
 
 def _posterize(image: Image.Image, level: float, fill: Fill) -> Image.Image:
-    """To 4 .. 0 bits; at the largest magnitude none is left, and the image is black.
+    """Keep 4 .. 0 bits; at the largest magnitude none is left, and the image is black.
 
     Not Pillow's: from version 13 on it refuses 0 bits, and timm's operation with it.
     """
@@ -64,28 +82,28 @@ def _posterize(image: Image.Image, level: float, fill: Fill) -> Image.Image:
 
 
 def _solarize(image: Image.Image, level: float, fill: Fill) -> Image.Image:
-    """Bytes from a threshold on, 256 .. 0, are inverted."""
+    """Invert bytes from a threshold on, 256 .. 0."""
     return ImageOps.solarize(image, 256 - int(level * 256))
 
 
 def _solarize_add(image: Image.Image, level: float, fill: Fill) -> Image.Image:
-    """Up to 110 is added to bytes under 128."""
+    """Add up to 110 to bytes under 128."""
     added = int(level * 110)
     return _mapped(image, [min(255, value + added) if value < 128 else value for value in range(256)])
 
 
 def _mapped(image: Image.Image, table: list[int]) -> Image.Image:
-    """Each byte replaced by the table's, in every channel."""
+    """Replace each byte by the table's, in every channel."""
     return image.point(table * len(image.getbands()))
 
 
 def _factor(level: float) -> float:
-    """Of an enhancement: 1 changes nothing; 0.1 .. 1.9."""
+    """Return the factor of an enhancement, 0.1 .. 1.9: 1 changes nothing."""
     return max(0.1, 1.0 + level * 0.9)
 
 
 def _color(image: Image.Image, level: float, fill: Fill) -> Image.Image:
-    """A grey image stays as it is."""
+    """Change the saturation; a grey image stays as it is."""
     return ImageEnhance.Color(image).enhance(_factor(level))
 
 
@@ -102,7 +120,7 @@ def _sharpness(image: Image.Image, level: float, fill: Fill) -> Image.Image:
 
 
 def _affine(image: Image.Image, rows: tuple[float, ...], fill: Fill) -> Image.Image:
-    """Pixel (x, y) comes from (a x + b y + c, d x + e y + f); rows are a .. f."""
+    """Take pixel (x, y) from (a x + b y + c, d x + e y + f); rows are a .. f."""
     return image.transform(image.size, Image.Transform.AFFINE, rows, resample=Image.Resampling.BICUBIC, fillcolor=fill)
 
 
@@ -115,12 +133,12 @@ def _shear_y(image: Image.Image, level: float, fill: Fill) -> Image.Image:
 
 
 def _translate_x(image: Image.Image, level: float, fill: Fill) -> Image.Image:
-    """By up to 0.45 of the width."""
+    """Move by up to 0.45 of the width."""
     return _affine(image, (1, 0, level * 0.45 * image.width, 0, 1, 0), fill)
 
 
 def _translate_y(image: Image.Image, level: float, fill: Fill) -> Image.Image:
-    """By up to 0.45 of the height."""
+    """Move by up to 0.45 of the height."""
     return _affine(image, (1, 0, 0, 0, 1, level * 0.45 * image.height), fill)
 
 
@@ -155,7 +173,7 @@ OPERATIONS = (
 def rand_augment(
     image: Image.Image, magnitude: float, deviation: float, fill: Fill, rng: np.random.Generator
 ) -> Image.Image:
-    """Two operations in a row, at magnitudes that are normal around `magnitude` and clipped to 0 .. 10.
+    """Apply two operations in a row, at magnitudes that are normal around `magnitude` and clipped to 0 .. 10.
 
     The draws come in timm's order: both operations, then for each whether, how much, and the sign where there is one.
     """

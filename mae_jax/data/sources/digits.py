@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mae_jax.data.images.pictures import Decoded
+from mae_jax.data.images.decode import Decoded
 from mae_jax.errors import NoSuchSplitError
 
 _FILE = Path(__file__).with_name("digits.npz")
@@ -29,7 +29,9 @@ class DigitsSource:
 
     def __init__(self, mode: str = "L", split: str = "train") -> None:
         if split != "train":
-            raise NoSuchSplitError(f"digits has no split {split!r}: all of its 1,797 images are the split 'train'")
+            raise NoSuchSplitError(
+                f"digits has no split {split!r}: all of its 1,797 images are the split 'train'", field="split"
+            )
         with np.load(_FILE) as stored:
             self._images = np.rint(stored["images"] * (255 / 16)).astype(np.uint8)
             self._labels = stored["labels"]
@@ -45,7 +47,7 @@ class DigitsSource:
         return int(self._labels[index])
 
     def file(self, index: int) -> bytes:
-        """The image as a PNG file."""
+        """Return the image as a PNG file."""
         file = io.BytesIO()
         self.load(index).save(file, "PNG")
         return file.getvalue()
@@ -54,6 +56,6 @@ class DigitsSource:
         return Decoded(self.load(index))
 
     def load(self, index: int) -> Image.Image:
-        """Image `index`, 8x8, in this source's mode (`L` or `RGB`)."""
+        """Return image `index`, 8x8, in this source's mode (`L` or `RGB`)."""
         image = Image.fromarray(self._images[index])
         return image if self._mode == "L" else image.convert(self._mode)

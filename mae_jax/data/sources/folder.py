@@ -5,8 +5,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from mae_jax.data.images.decode import decode
-from mae_jax.data.images.pictures import Picture, open_picture, read_file
+from mae_jax.data.images.decode import Picture, decode, open_picture, read_file
 from mae_jax.errors import NoSuchSplitError, StatedError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -30,7 +29,10 @@ class FolderSource:
         self._mode = mode
         paths = sorted(_image_paths(self._base))
         if not paths:
-            raise StatedError(f"{self._base} has no image files, at any depth, that end in {', '.join(EXTENSIONS)}")
+            raise StatedError(
+                f"{self._base} has no image files, at any depth, that end in {', '.join(EXTENSIONS)}",
+                field="data",
+            )
         classes = [path.split(os.sep, 1)[0] if os.sep in path else "" for path in paths]
         self.class_names = tuple(sorted(set(classes) - {""}))
         number = {"": -1} | {name: i for i, name in enumerate(self.class_names)}
@@ -43,7 +45,7 @@ class FolderSource:
         return len(self._labels)
 
     def name(self, index: int) -> str:
-        """The path of file `index`."""
+        """Return the path of file `index`."""
         start = self._ends[index - 1] if index else 0
         return os.path.join(self._base, os.fsdecode(self._paths[start : self._ends[index]]))
 
@@ -51,7 +53,7 @@ class FolderSource:
         return int(self._labels[index])
 
     def file(self, index: int) -> bytes:
-        """The contents of file `index`.
+        """Return the contents of file `index`.
 
         Raises:
           BrokenImage: it cannot be read.
@@ -59,7 +61,7 @@ class FolderSource:
         return read_file(self.name(index))
 
     def picture(self, index: int) -> Picture:
-        """Image `index`, in this source's mode (`L` or `RGB`), in its own size.
+        """Return image `index`, in this source's mode (`L` or `RGB`), in its own size.
 
         Raises:
           BrokenImage: there is no such file, or it is not an image.
@@ -67,7 +69,7 @@ class FolderSource:
         return open_picture(self.name(index), self._mode)
 
     def load(self, index: int) -> Image.Image:
-        """Image `index`, in this source's mode (`L` or `RGB`), in its own size.
+        """Return image `index`, in this source's mode (`L` or `RGB`), in its own size.
 
         Raises:
           BrokenImage: the file does not decode.
@@ -78,17 +80,17 @@ class FolderSource:
 def _split_folder(root: str, split: str) -> str:
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
-        raise StatedError(f"data folder:{root}: there is no such folder")
+        raise StatedError(f"data folder:{root}: there is no such folder", field="data")
     folder = os.path.join(root, split)
     if os.path.isdir(folder):
         return folder
     if split != "train":
-        raise NoSuchSplitError(f"data folder:{root} has no split {split!r}: there is no folder {folder}")
+        raise NoSuchSplitError(f"data folder:{root} has no split {split!r}: there is no folder {folder}", field="split")
     return root
 
 
 def _image_paths(base: str) -> list[str]:
-    """Paths relative to `base`, in no order. Hidden files and folders are left out; links are followed.
+    """List paths relative to `base`, in no order. Hidden files and folders are left out; links are followed.
 
     A link that leads to a folder around it ends there. A dangling link to an image is listed: a file that does not
     decode is reported, one that is not listed would be missed by nobody.
@@ -113,5 +115,5 @@ def _image_paths(base: str) -> list[str]:
 
 
 def _around(target: str, folders: tuple[str, ...]) -> bool:
-    """Whether `target` is one of the folders or contains one."""
+    """Return whether `target` is one of the folders or contains one."""
     return any((folder + os.sep).startswith(target.rstrip(os.sep) + os.sep) for folder in folders)

@@ -1,14 +1,11 @@
-"""Where images come from: a source by its name."""
+"""Where images come from: what every source gives, and a source by its name."""
 
 import os
 from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
-from mae_jax.data.images.decode import mode_for
-from mae_jax.data.images.pictures import Picture
-from mae_jax.data.sources.digits import DigitsSource
-from mae_jax.data.sources.folder import FolderSource
+from mae_jax.data.images.decode import Picture, mode_for
 from mae_jax.errors import StatedError
 
 
@@ -22,27 +19,27 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a person would call the image: its path, or `digits[17]`."""
+        """Return what a person would call the image: its path, or `digits[17]`."""
 
     def label(self, index: int) -> int:
-        """The image's class as an index into `class_names`, or -1."""
+        """Return the image's class as an index into `class_names`, or -1."""
 
     def file(self, index: int) -> bytes:
-        """The image's file as it is; a PNG file for an image that comes from none.
+        """Return the image's file as it is; a PNG file for an image that comes from none.
 
         Raises:
           BrokenImage: it cannot be read.
         """
 
     def picture(self, index: int) -> Picture:
-        """The image in its own size, mode `L` or `RGB`, decoded when it is cropped.
+        """Return the image in its own size, mode `L` or `RGB`, decoded when its pixels are asked for.
 
         Raises:
           BrokenImage: there is no image.
         """
 
     def load(self, index: int) -> Image.Image:
-        """The same image, decoded.
+        """Return the same image, decoded.
 
         Raises:
           BrokenImage: it does not decode.
@@ -50,16 +47,16 @@ class Source(Protocol):
 
 
 def absolute(spec: str) -> str:
-    """The same source from whatever folder it is opened: `folder:photos` becomes `folder:/home/me/photos`."""
+    """Name the same source from whatever folder it is opened: `folder:photos` becomes `folder:/home/me/photos`."""
     kind, _, path = spec.partition(":")
     local = kind in ("folder", "records") and path and "://" not in path
     return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if local else spec
 
 
 def open_source(spec: str, in_channels: int, split: str = "train") -> Source:
-    """The source that `spec` names, as grey (1) or RGB (3) images.
+    """Open the source that `spec` names, as grey (1) or RGB (3) images.
 
-    `digits`, `folder:PATH`, `tfds:NAME[@SPLIT]` or `records:ADDRESS`.
+    `digits`, `folder:PATH`, `tfds:NAME[@SPLIT]` or `records:ADDRESS`. Each kind is imported when it is asked for.
 
     Raises:
       StatedError: there is no such source, split or folder, or files cannot give `in_channels` channels.
@@ -67,18 +64,23 @@ def open_source(spec: str, in_channels: int, split: str = "train") -> Source:
     mode = mode_for(in_channels)
     kind, _, path = spec.partition(":")
     if spec == "digits":
+        from mae_jax.data.sources.digits import DigitsSource
+
         return DigitsSource(mode, split)
     if kind == "folder" and path:
+        from mae_jax.data.sources.folder import FolderSource
+
         return FolderSource(path, mode, split)
     if kind == "records" and path:
         from mae_jax.data.sources.records import RecordSource
 
         return RecordSource(path, mode, split)
     if kind == "tfds" and path:
-        from mae_jax.data.sources.tfds import TfdsSource  # takes two seconds
+        from mae_jax.data.sources.tfds import TfdsSource
 
         return TfdsSource(path, mode, split)
     raise StatedError(
         f"data {spec!r} is not known: give digits, or folder:PATH for a folder of images, tfds:NAME for a dataset of "
-        "TensorFlow Datasets, or records:PATH for what `mae-jax prepare` made"
+        "TensorFlow Datasets, or records:PATH for what `mae-jax prepare` made",
+        field="data",
     )

@@ -1,16 +1,16 @@
-"""Some images of a source."""
+"""Some images of a source, and the two parts that a classifier is trained and evaluated on."""
 
 from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from mae_jax.data.images.pictures import Picture
+from mae_jax.data.images.decode import Picture
 from mae_jax.data.sources.source import Source
 from mae_jax.errors import NoSuchSplitError, StatedError
 
 
-class Chosen:
-    """Those images of a source that the indices name, in that order."""
+class Subset:
+    """Those images of a source that `indices` names, in that order."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.source, self.indices = source, indices
@@ -35,7 +35,7 @@ class Chosen:
         return self.source.load(self.indices[index])
 
 
-class Renumbered(Chosen):
+class Renumbered(Subset):
     """A source whose classes are numbered as those of another one, which has them all, by their names."""
 
     def __init__(self, source: Source, class_names: tuple[str, ...]) -> None:
@@ -49,7 +49,7 @@ class Renumbered(Chosen):
 
 
 def split_for_training(open_split: Callable[[str], Source], data: str, holdout: int) -> tuple[Source, Source]:
-    """The images to learn from, and those to evaluate on: the splits train and val, whose classes have one numbering.
+    """Return the images to train on and those to evaluate on: the splits train and val, with one numbering of classes.
 
     Where there is no val, every `holdout`-th image of train is kept from training.
 
@@ -58,17 +58,23 @@ def split_for_training(open_split: Callable[[str], Source], data: str, holdout: 
     """
     train = open_split("train")
     if len(train.class_names) < 2:
-        raise StatedError(f"data {data} has no classes to tell apart; give a folder of class folders")
+        raise StatedError(
+            f"data {data} has no classes; a classifier needs two: give a folder of class folders", field="data"
+        )
     try:
         val = open_split("val")
     except NoSuchSplitError:
         if len(train) < holdout:
-            raise StatedError(f"data {data} has {len(train)} images, fewer than holdout {holdout}") from None
+            raise StatedError(
+                f"data {data} has {len(train)} images, fewer than holdout {holdout}", field="holdout"
+            ) from None
         every = range(len(train))
-        return Chosen(train, [i for i in every if i % holdout]), Chosen(train, every[::holdout])
+        return Subset(train, [i for i in every if i % holdout]), Subset(train, every[::holdout])
     if not val.class_names:
-        raise StatedError(f"val of {data} has no classes: put its images into folders named as those of train")
+        raise StatedError(
+            f"val of {data} has no classes: put its images into folders named as those of train", field="data"
+        )
     unknown = [name for name in val.class_names if name not in train.class_names]
     if unknown:
-        raise StatedError(f"val of {data} has classes that train has not: {', '.join(unknown[:5])}")
+        raise StatedError(f"val of {data} has classes that train has not: {', '.join(unknown[:5])}", field="data")
     return train, Renumbered(val, train.class_names)

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import read_only_builder, registered
 
-from mae_jax.data.images.pictures import Picture, open_picture
+from mae_jax.data.images.decode import Picture, open_picture
 from mae_jax.errors import NoSuchSplitError, StatedError
 
 _FORMAT = "array_record"
@@ -42,7 +42,8 @@ class TfdsSource:
         image = _feature(features, "image", "Image")
         if image is None:
             raise StatedError(
-                f"data tfds:{self._name} has no feature that is an image, or several and none named 'image'"
+                f"data tfds:{self._name} has no feature that is an image, or several and none named 'image'",
+                field="data",
             )
         self._image = image
         self._label = _feature(features, "label", "ClassLabel")
@@ -52,9 +53,9 @@ class TfdsSource:
         try:
             self._count = len(self._open(builder)[0])
         except ValueError as error:
-            raise StatedError(f"data tfds:{spec}: {error}") from error
+            raise StatedError(f"data tfds:{spec}: {error}", field="data") from error
         if not self._count:
-            raise StatedError(f"data tfds:{self._name}: the split {self._split} has no images")
+            raise StatedError(f"data tfds:{self._name}: the split {self._split} has no images", field="split")
 
     def __len__(self) -> int:
         return self._count
@@ -66,11 +67,11 @@ class TfdsSource:
         return int(self._record(index)[self._label]) if self._label else -1
 
     def file(self, index: int) -> bytes:
-        """The bytes that are stored."""
+        """Return the bytes that are stored."""
         return self._record(index)[self._image]
 
     def picture(self, index: int) -> Picture:
-        """Image `index`, in its own size.
+        """Return image `index`, in its own size.
 
         Raises:
           BrokenImage: it is not an image.
@@ -78,7 +79,7 @@ class TfdsSource:
         return open_picture(self.file(index), self._mode, self.name(index))
 
     def load(self, index: int) -> Image.Image:
-        """The same, decoded.
+        """Return the same image, decoded.
 
         Raises:
           BrokenImage: it does not decode.
@@ -98,18 +99,21 @@ class TfdsSource:
         except registered.DatasetNotFoundError as error:
             raise StatedError(
                 f"data tfds:{self._name} is not in {self._data_dir}. Prepare it with `{self._build_command()}` (which "
-                "needs TensorFlow, here or on another machine), or say where it is in TFDS_DATA_DIR."
+                "needs TensorFlow, here or on another machine), or name its folder in TFDS_DATA_DIR.",
+                field="data",
             ) from error
         except ValueError as error:
             raise StatedError(
-                f"data tfds:{self._name} is no name of a dataset: give NAME, NAME/CONFIG or NAME:VERSION"
+                f"data tfds:{self._name} is no name of a dataset: give NAME, NAME/CONFIG or NAME:VERSION",
+                field="data",
             ) from error
         found = builder.info.file_format
         if found is None or found.value != _FORMAT:
             raise StatedError(
                 f"data tfds:{self._name} is in {self._data_dir} as {found.value if found else 'unknown files'}, which "
                 f"cannot be read in any order. Write it anew as ArrayRecord: `{self._build_command()} --overwrite` "
-                "(which needs TensorFlow, here or on another machine)."
+                "(which needs TensorFlow, here or on another machine).",
+                field="data",
             )
         return builder
 
@@ -136,11 +140,11 @@ def _choose_split(name: str, found: list[str], wanted: str) -> str:
         return wanted
     candidates = [split for split in _HELD_OUT if wanted == "val" and split in found]
     if not candidates:
-        raise NoSuchSplitError(f"data tfds:{name} has no split {wanted!r}; it has {', '.join(found)}")
+        raise NoSuchSplitError(f"data tfds:{name} has no split {wanted!r}; it has {', '.join(found)}", field="split")
     return candidates[0]
 
 
 def _feature(features: Any, preferred: str, kind: str) -> str | None:
-    """The top-level feature that is a TFDS `kind`: `preferred`, or the only one."""
+    """Return the top-level feature that is a TFDS `kind`: `preferred`, or the only one."""
     found = [key for key, feature in dict(features).items() if type(feature).__name__ == kind]
     return preferred if preferred in found else found[0] if len(found) == 1 else None

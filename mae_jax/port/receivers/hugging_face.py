@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _without_broken_torchvision() -> Iterator[None]:
-    """A torchvision whose compiled operators do not load counts as absent: transformers then works without it."""
+    """Let a torchvision whose compiled operators do not load count as absent: transformers then works without it."""
     broken = False
     if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is not None:
         try:
@@ -31,7 +31,7 @@ def _without_broken_torchvision() -> Iterator[None]:
         return
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]
-    sys.modules["torchvision"] = None  # type: ignore[assignment]  # Python's own way to say: not there
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # Python's own sign for: not there
     try:
         yield
     finally:
@@ -50,7 +50,7 @@ def _transformers() -> Any:
 
 
 def hugging_face(config: ModelConfig, part: Part, folder: Path | None) -> Receiver:
-    """ViTMAEForPreTraining, or ViTMAEModel for an encoder; with random weights where there is no folder.
+    """Load a folder into ViTMAEForPreTraining, or ViTMAEModel for an encoder; random weights where there is none.
 
     Raises:
       NotInstalledError: transformers is not installed.
@@ -61,16 +61,15 @@ def hugging_face(config: ModelConfig, part: Part, folder: Path | None) -> Receiv
     transformers = _transformers()
     kind = transformers.ViTMAEForPreTraining if part == "all" else transformers.ViTMAEModel
     if folder is None:
-        said = {
-            key: value for key, value in hugging_face_config(config, part, "float32").items() if key != "torch_dtype"
-        }
-        module = kind(transformers.ViTMAEConfig(**said))
+        values = dict(hugging_face_config(config, part, "float32"))
+        del values["torch_dtype"]
+        module = kind(transformers.ViTMAEConfig(**values))
     else:
-        with _quiet(transformers):
+        with _without_progress(transformers):
             module, info = kind.from_pretrained(str(folder), output_loading_info=True)
         faults = {name: sorted(map(str, keys)) for name, keys in info.items() if keys and name != "error_msgs"}
         if faults:
-            raise StatedError(f"transformers does not take {folder.name}: {faults}")
+            raise StatedError(f"transformers does not take {folder.name}: {faults}", field="destination")
     module = module.float().eval()
     module.config.mask_ratio = config.mask_ratio if part == "all" else 0.0
 
@@ -88,8 +87,8 @@ def hugging_face(config: ModelConfig, part: Part, folder: Path | None) -> Receiv
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bar and no report: what they say is looked at."""
+def _without_progress(transformers: Any) -> Iterator[None]:
+    """Show no progress bar and no report of missing keys, which are looked at here."""
     logging = transformers.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -29,8 +29,9 @@ def _lightly() -> Any:
 
 
 def lightly(config: ModelConfig, part: Part, deprecated: bool, path: Path | None) -> Receiver:
-    """Lightly's modules under the attribute names of its own examples: backbone, decoder, and outside of the current
-    decoder decoder_embed and prediction_head.
+    """Load a file into Lightly's modules, under the attribute names of its own examples.
+
+    backbone, decoder, and outside of the current decoder decoder_embed and prediction_head.
 
     Raises:
       NotInstalledError: lightly or timm is not installed.
@@ -69,7 +70,7 @@ def lightly(config: ModelConfig, part: Part, deprecated: bool, path: Path | None
         try:
             module.load_state_dict(as_torch(read_file(path).tensors), strict=True, assign=True)
         except RuntimeError as error:
-            raise StatedError(f"lightly does not take {path}: {error}") from error
+            raise StatedError(f"lightly does not take {path}: {error}", field="destination") from error
     module = module.float().eval()
 
     def forward(images: "torch.Tensor", noise: "torch.Tensor") -> Outputs:

@@ -1,4 +1,4 @@
-"""What a library that receives our weights is to us: its module, and how it is fed."""
+"""A library that receives our weights, as `verify` sees it: its module, and how it is fed."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class NotInstalledError(Exception):
 
 
 def as_torch(tensors: Mapping[str, Any]) -> dict[str, "torch.Tensor"]:
-    """NumPy arrays as float32 tensors, or float64 where they are."""
+    """Turn NumPy arrays into float32 tensors, or float64 where they are."""
     import numpy as np  # noqa: PLC0415
     import torch  # noqa: PLC0415
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mae_jax.config import ClassifierConfig
 from mae_jax.errors import StatedError
 from mae_jax.port.keys import Config, encoder_config
 from mae_jax.port.receivers.receiver import NotInstalledError, Outputs, Receiver
@@ -28,41 +27,41 @@ def _timm() -> Any:
 
 
 def timm_name(config: Config) -> str | None:
-    """The name under which `timm.create_model` makes this encoder, if there is one."""
+    """Return the name under which `timm.create_model` makes this encoder, if there is one."""
     model = encoder_config(config)
     if model.image_size != 224 or model.in_channels != 3 or not model.class_token or model.encoder.mlp_ratio != 4:
         return None
-    if isinstance(config, ClassifierConfig):
+    if config.kind == "classifier":
         return None
     stack, patch = model.encoder, model.patch_size
     return _TIMM_NAMES.get((patch, stack.width, stack.depth, stack.heads)) if isinstance(patch, int) else None
 
 
 def timm_vit(config: Config) -> "torch.nn.Module":
-    """A timm VisionTransformer with random weights.
+    """Make a timm VisionTransformer with random weights.
 
     Raises:
       NotInstalledError: timm is not installed, or cannot be imported.
     """
     timm, model = _timm(), encoder_config(config)
-    pooling = config.pooling if isinstance(config, ClassifierConfig) else ("class" if model.class_token else "mean")
+    pooling = config.pooling if config.kind == "classifier" else ("class" if model.class_token else "mean")
     return timm.models.VisionTransformer(
         img_size=model.image_hw,
         patch_size=model.patch_hw,
         in_chans=model.in_channels,
-        num_classes=config.classes if isinstance(config, ClassifierConfig) else 0,
+        num_classes=config.classes if config.kind == "classifier" else 0,
         global_pool={"mean": "avg", "class": "token"}[pooling],
         embed_dim=model.encoder.width,
         depth=model.encoder.depth,
         num_heads=model.encoder.heads,
         mlp_ratio=model.encoder.mlp_ratio,
         class_token=model.class_token,
-        fc_norm=isinstance(config, ClassifierConfig) and pooling == "mean",
+        fc_norm=config.kind == "classifier" and pooling == "mean",
     )
 
 
 def timm_model(config: Config, path: Path | None) -> Receiver:
-    """A VisionTransformer by its name, or by its sizes where they have none; the file is loaded strictly.
+    """Load a file strictly into a VisionTransformer made by its name, or by its sizes where they have none.
 
     Raises:
       NotInstalledError: timm is not installed, or cannot be imported.
@@ -77,11 +76,11 @@ def timm_model(config: Config, path: Path | None) -> Receiver:
             if path is not None:
                 timm.models.load_checkpoint(module, str(path), strict=True)
     except RuntimeError as error:
-        raise StatedError(f"timm does not take {path}: {error}") from error
+        raise StatedError(f"timm does not take {path}: {error}", field="destination") from error
     module = module.float().eval()
 
     def forward(images: "torch.Tensor", noise: "torch.Tensor") -> Outputs:
-        if isinstance(config, ClassifierConfig):
+        if config.kind == "classifier":
             return {"logits": module(images)}
         return {"latent": module.forward_features(images)}
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mae_jax.data.images.decode import BrokenImage, decode, mode_for
-from mae_jax.errors import StatedError
 from tests.data.photographs import photograph
+from tests.refusals import refused
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -189,5 +189,5 @@ def test_random_damage_never_escapes() -> None:
 
 def test_channels_that_files_cannot_give() -> None:
     assert (mode_for(1), mode_for(3)) == ("L", "RGB")
-    with pytest.raises(StatedError, match=r"model\.in_channels 12"):
+    with refused("model.in_channels", "12"):
         mode_for(12)

@@ -1,12 +1,11 @@
 """The bundled digits against scikit-learn's."""
 
 import numpy as np
-import pytest
 from sklearn.datasets import load_digits
 
-from mae_jax.data.images.pictures import to_array
+from mae_jax.data.images.decode import to_array
 from mae_jax.data.sources.source import open_source
-from mae_jax.errors import StatedError
+from tests.refusals import refused
 
 
 def test_they_are_scikit_learns_digits() -> None:
@@ -29,5 +28,5 @@ def test_as_rgb_all_channels_are_equal() -> None:
 
 def test_name_and_splits() -> None:
     assert open_source("digits", 1).name(17) == "digits[17]"
-    with pytest.raises(StatedError, match="no split 'val'"):
+    with refused("split", "no split 'val'"):
         open_source("digits", 1, "val")

@@ -10,7 +10,7 @@ from PIL import Image
 from mae_jax.data.images.decode import BrokenImage
 from mae_jax.data.sources.folder import FolderSource
 from mae_jax.data.sources.source import open_source
-from mae_jax.errors import StatedError
+from tests.refusals import refused
 
 
 def image(path: Path) -> Path:
@@ -102,20 +102,20 @@ def test_what_only_looks_like_an_image(tmp_path: Path) -> None:
 
 
 def test_errors_say_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(StatedError, match="no such folder"):
+    with refused("data", "no such folder"):
         open_source(f"folder:{tmp_path}/missing", 3)
-    with pytest.raises(StatedError, match=r"has no image files.*\.jpg"):
+    with refused("data", "has no image files", ".jpg"):
         open_source(f"folder:{tmp_path}", 3)
     image(tmp_path / "1.jpg")
-    with pytest.raises(StatedError, match=rf"no split 'val'.*{tmp_path}/val"):
+    with refused("split", "no split 'val'", f"{tmp_path}/val"):
         open_source(f"folder:{tmp_path}", 3, "val")
-    with pytest.raises(StatedError, match="in_channels 4"):
+    with refused("model.in_channels"):
         open_source(f"folder:{tmp_path}", 4)
 
 
 @pytest.mark.parametrize("spec", ["", "folder", "folder:", "digit", "digits:x", "tfds:"])
 def test_an_unknown_source_lists_what_there_is(spec: str) -> None:
-    with pytest.raises(StatedError, match="digits, or folder:PATH"):
+    with refused("data", "digits, or folder:PATH"):
         open_source(spec, 1)
 
 

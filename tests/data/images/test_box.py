@@ -1,6 +1,7 @@
 """Crops against torchvision's algorithm, written out here, and against Pillow."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -10,17 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mae_jax.config import AugmentConfig
-from mae_jax.data.images.distort import color_jitter, rand_augment
-from mae_jax.data.images.pictures import Decoded, resize_part, to_array, to_image
-from mae_jax.data.images.transforms import (
-    augment,
-    center_box,
-    center_crop,
-    covering_size,
-    distort,
-    fixed_size_crop_box,
-    random_resized_crop_box,
-)
+from mae_jax.data.images.box import center_box, covering_size, fixed_size_crop_box, random_resized_crop_box
+from mae_jax.data.images.decode import Decoded, to_array, to_image
+from mae_jax.data.images.distort import color_jitter, distort, rand_augment
+from mae_jax.data.images.resize import center_crop, resize_part
+from mae_jax.data.stream import augment
 from mae_jax.rng import host_generator
 from tests.data.photographs import photograph
 
@@ -99,20 +94,20 @@ def test_a_long_image_falls_back_to_its_middle() -> None:
 def test_resized_crop_is_pillows(image_hw: tuple[int, int]) -> None:
     box = (11, 5, 101, 77)
     expected = PHOTO.crop(box).resize((image_hw[1], image_hw[0]), Image.BICUBIC)
-    assert resize_part(PHOTO, box, image_hw).tobytes() == np.asarray(expected).tobytes()
-    assert resize_part(PHOTO, box, image_hw).shape == (*image_hw, 3)
+    assert resize_part(Decoded(PHOTO), box, image_hw).tobytes() == np.asarray(expected).tobytes()
+    assert resize_part(Decoded(PHOTO), box, image_hw).shape == (*image_hw, 3)
 
 
 def test_shrinking_is_antialiased() -> None:
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 255
-    small = resize_part(Image.fromarray(stripes), (0, 0, 64, 64), (8, 8))
+    small = resize_part(Decoded(Image.fromarray(stripes)), (0, 0, 64, 64), (8, 8))
     assert np.abs(small.astype(int) - 127.5).max() < 10
 
 
 def test_nothing_is_resampled_where_the_size_fits() -> None:
     whole = (0, 0, *PHOTO.size)
-    assert (resize_part(PHOTO, whole, (90, 131)) == np.asarray(PHOTO)).all()
+    assert (resize_part(Decoded(PHOTO), whole, (90, 131)) == np.asarray(PHOTO)).all()
     assert (to_array(center_crop(PHOTO, (90, 131))) == np.asarray(PHOTO)).all()
     assert (to_array(center_crop(PHOTO, (90, 90))) == np.asarray(PHOTO)[:, 20:110]).all()
 
@@ -193,12 +188,12 @@ def test_a_fixed_crop_is_cut_from_the_scaled_image(height: int, width: int) -> N
     for position in range(8):
         draws = host_generator(0, "crop", position)
         i, j = draws.integers(0, rows - 28 + 1), draws.integers(0, columns - 28 + 1)
-        image = augment(Decoded(photo), config, (28, 28), *both(position))
+        image = augment(Decoded(photo), config, (28, 28), draws_of(position))
         assert np.abs(image - whole[i : i + 28, j : j + 28]).max() <= 1
 
 
-def both(position: int) -> tuple[np.random.Generator, np.random.Generator]:
-    return host_generator(0, "crop", position), host_generator(0, "flip", position)
+def draws_of(position: int) -> Callable[[str], np.random.Generator]:
+    return partial(host_generator, 0, position=position)
 
 
 def test_augment_is_the_crop_and_then_the_flip() -> None:
@@ -206,36 +201,34 @@ def test_augment_is_the_crop_and_then_the_flip() -> None:
     flipped = 0
     for position in range(40):
         box = random_resized_crop_box(host_generator(0, "crop", position), 90, 131, config.scale, config.ratio)
-        crop = resize_part(PHOTO, box, (24, 24))
-        image = augment(Decoded(PHOTO), config, (24, 24), *both(position))
+        crop = resize_part(Decoded(PHOTO), box, (24, 24))
+        image = augment(Decoded(PHOTO), config, (24, 24), draws_of(position))
         mirrored = host_generator(0, "flip", position).random() < 0.5
         flipped += mirrored
         assert (image == (crop[:, ::-1] if mirrored else crop)).all()
-        assert (augment(Decoded(PHOTO), config, (24, 24), *both(position)) == image).all()
+        assert (augment(Decoded(PHOTO), config, (24, 24), draws_of(position)) == image).all()
     assert 10 < flipped < 30
 
 
 def test_no_augmentation() -> None:
     config = AugmentConfig(crop="center", flip=False)
-    assert (augment(Decoded(PHOTO), config, (24, 24), *both(3)) == to_array(center_crop(PHOTO, (24, 24)))).all()
+    assert (augment(Decoded(PHOTO), config, (24, 24), draws_of(3)) == to_array(center_crop(PHOTO, (24, 24)))).all()
 
 
 def test_grey_has_one_channel() -> None:
-    assert augment(Decoded(PHOTO.convert("L")), AugmentConfig(), (24, 16), *both(3)).shape == (24, 16, 1)
+    assert augment(Decoded(PHOTO.convert("L")), AugmentConfig(), (24, 16), draws_of(3)).shape == (24, 16, 1)
 
 
 def test_nothing_is_drawn_for_what_is_off() -> None:
-    pixels = np.asarray(PHOTO)
-    assert distort(pixels, AugmentConfig(), pytest.fail) is pixels
     asked: list[str] = []
 
     def generator(stream: str) -> np.random.Generator:
         asked.append(stream)
         return host_generator(0, stream, 0)
 
-    distort(pixels, AugmentConfig(color_jitter=0.4), generator)
-    distort(pixels, AugmentConfig(rand_augment=9.0), generator)
-    assert asked == ["jitter", "rand_augment"]
+    for config in (AugmentConfig(flip=False), AugmentConfig(color_jitter=0.4), AugmentConfig(rand_augment=9.0)):
+        augment(Decoded(PHOTO), config, (24, 24), generator)
+    assert asked == ["crop", "flip", "crop", "flip", "jitter", "crop", "flip", "rand_augment"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

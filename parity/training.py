@@ -1,6 +1,5 @@
-"""The stages after the loss: gradients, and what training makes of them."""
+"""After the loss: gradients, and what training makes of them."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -11,15 +10,12 @@ from mae_jax.models import Params, mae
 from mae_jax.port.keys import entries, from_fair, to_fair
 from mae_jax.train import optimizers
 from parity import torch_train
-from parity.compare import Pair
-from parity.ours import Ours
-from parity.reference import EPOCHS, STEPS, STEPS_PER_EPOCH, Reference
-
-Pairs = Iterator[Pair]
+from parity.compare import Pair, Pairs
+from parity.inputs import EPOCHS, STEPS, STEPS_PER_EPOCH, Ours, Reference
 
 
 def gradients(ours: Ours, reference: Reference) -> Pairs:
-    """The gradient of every tensor, in the order of the data; the fused qkv bias is one tensor.
+    """Compare the gradient of every tensor, in the order of the data; the fused qkv bias is one tensor.
 
     (The key bias alone has gradient zero in exact arithmetic: its noise would be compared with noise.)
     """
@@ -29,13 +25,13 @@ def gradients(ours: Ours, reference: Reference) -> Pairs:
 
 
 def module_of(name: str) -> str:
-    """'blocks.3.attn.qkv.bias' to 'blocks.3', 'norm.bias' to 'norm'."""
+    """Name the module of a tensor: 'blocks.3.attn.qkv.bias' to 'blocks.3', 'norm.bias' to 'norm'."""
     parts = name.split(".")
     return ".".join(parts[:2]) if "blocks" in parts[0] else parts[0]
 
 
 def gradients_on_devices(ours: Ours, reference: Reference) -> Pairs:
-    """The gradient that the compiled step averages over its devices is that of the whole batch."""
+    """Compare the gradient that the compiled step averages over its devices with that of the whole batch."""
     averaged, metrics, _ = ours.run
     for name, theirs in reference.gradients.items():
         yield Pair("gradient averaged over devices", name, averaged[name], theirs, "gradient")
@@ -44,7 +40,7 @@ def gradients_on_devices(ours: Ours, reference: Reference) -> Pairs:
 
 
 def parameter_groups(ours: Ours, reference: Reference) -> Pairs:
-    """Which parameters decay."""
+    """Compare which parameters decay."""
     mask = optimizers.decay_mask(ours.params)
     theirs = torch_train.parameter_groups(reference.model)
     for entry in entries(ours.config):
@@ -55,7 +51,7 @@ def parameter_groups(ours: Ours, reference: Reference) -> Pairs:
 
 
 def learning_rate(ours: Ours, reference: Reference) -> Pairs:
-    """The rate of every step: warm-up, then half a cosine."""
+    """Compare the rate of every step: warm-up, then half a cosine."""
     config = ours.run_config
     epochs = jnp.arange(STEPS).astype(ours.config.dtype) / STEPS_PER_EPOCH
     rate = partial(optimizers.learning_rate, optim=config.optim, batch_size=config.batch_size, epochs=EPOCHS)
@@ -63,7 +59,7 @@ def learning_rate(ours: Ours, reference: Reference) -> Pairs:
 
 
 def update(ours: Ours, reference: Reference) -> Pairs:
-    """Two AdamW updates with the reference's gradients, at rate 1; after one the betas would not show."""
+    """Compare two AdamW updates with the reference's gradients, at rate 1; after one the betas would not show."""
     optim = ours.run_config.optim
     first = reference.gradients
     generator = np.random.default_rng(reference.run_config.seed)
@@ -89,7 +85,7 @@ def update(ours: Ours, reference: Reference) -> Pairs:
 
 
 def training(ours: Ours, reference: Reference) -> Pairs:
-    """20 steps from the same weights, noise and images: every loss, and in float64 the final weights.
+    """Compare 20 steps from the same weights, noise and images: every loss, and in float64 the final weights.
 
     Adam makes a share of a whole step of the rounding in a gradient near zero, which in float32 is more than rounding.
     """
@@ -101,15 +97,18 @@ def training(ours: Ours, reference: Reference) -> Pairs:
     if reference.precision == "float32":
         return
     for name in reference.gradients:
-        ours_final, theirs = (_without_key_bias(name, values[name]) for values in (final, reference.run.final))
+        ours_final, theirs = (without_key_bias(name, values[name]) for values in (final, reference.run.final))
         yield Pair("training run", name, ours_final, theirs, "training")
     for name in reference.weights.keys() - reference.gradients.keys():
         yield Pair("training run", f"{name}, not trained", final[name], reference.weights[name], "exact")
 
 
-def _without_key_bias(name: str, values: np.ndarray) -> np.ndarray:
-    """The key bias's gradient is zero in exact arithmetic; Adam makes whole steps of its noise. So it is left out."""
+def without_key_bias(name: str, values: np.ndarray) -> np.ndarray:
+    """Leave out the key bias: its gradient is zero in exact arithmetic, and Adam makes whole steps of its noise."""
     if not name.endswith("qkv.bias"):
         return values
-    query, _, value = np.split(values, 3)
+    query, _, value = np.split(np.asarray(values), 3)
     return np.concatenate([query, value])
+
+
+TRAINING = (gradients, parameter_groups, learning_rate, update, gradients_on_devices, training)

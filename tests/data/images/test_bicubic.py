@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae_jax.data.images.resampling import bicubic_weights, resize_bicubic
+from mae_jax.data.images.resize import bicubic_weights, resize_bicubic
 from tests.data.photographs import photograph
 
 SIDES = st.integers(1, 200)

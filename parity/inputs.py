@@ -1,0 +1,249 @@
+"""The two sides of a comparison: one configuration, its weights and inputs, and what each side makes of them.
+
+`Reference` is PyTorch's side, `Ours` this project's. Both compute a thing when it is first asked for, and keep it.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+from mae_jax import rng
+from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig
+from mae_jax.models import Params, mae
+from mae_jax.port.keys import Tensors, from_fair, to_fair
+from mae_jax.train import engines, objective, optimizers
+from mae_jax.train import step as steps
+from mae_jax.train.step import merge, select
+from parity import torch_mae, torch_train
+from parity.compare import Precision
+
+STEPS = 20  # of the training run
+STEPS_PER_EPOCH = 5
+EPOCHS = 4.0
+
+
+def run_config(model: ModelConfig, batch_size: int, seed: int) -> PretrainConfig:
+    """Configure the training run: a large rate, a warm-up and a decay within its 20 steps."""
+    channels = range(model.in_channels)
+    return PretrainConfig(
+        model=model,
+        augment=AugmentConfig(
+            mean=tuple(0.48 + 0.01 * c for c in channels), std=tuple(0.28 + 0.005 * c for c in channels)
+        ),
+        optim=OptimConfig(base_lr=1e-3 * 256 / batch_size, min_lr=1e-5, warmup_epochs=1.4),
+        batch_size=batch_size,
+        epochs=EPOCHS,
+        seed=seed,
+    )
+
+
+def draw_weights(model: torch_mae.MaskedAutoencoder, generator: np.random.Generator) -> Tensors:
+    """Draw random weights, no tensor of which is constant: a mistake in a bias or a scale has to show.
+
+    Kernels are xavier uniform; LayerNorm scales lie about 1; biases, tokens and learned positions about 0.
+    """
+    weights = {}
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if not parameter.requires_grad:
+            weights[name] = parameter.numpy()
+        elif "token" in name or "pos_embed" in name or len(shape) == 1:
+            weights[name] = 0.1 * generator.standard_normal(shape) + ("norm" in name and name.endswith("weight"))
+        else:
+            limit = (6 / (shape[0] + np.prod(shape[1:]))) ** 0.5
+            weights[name] = generator.uniform(-limit, limit, shape)
+    return weights
+
+
+class Reference:
+    """The inputs, and all that PyTorch makes of them, computed once."""
+
+    def __init__(self, config: ModelConfig, precision: Precision, seed: int = 0, batch_size: int = 4) -> None:
+        self.config = replace(config, dtype=precision, remat=False)
+        self.precision = precision
+        self.run_config = run_config(self.config, batch_size, seed)
+        generator = np.random.default_rng(seed)
+
+        self.positions = np.arange(STEPS * batch_size, dtype=np.uint32).reshape(STEPS, batch_size)
+        shape = (STEPS, batch_size, *config.image_hw, config.in_channels)
+        self.bytes = generator.integers(0, 256, shape, dtype=np.uint8)
+        self.noise = self._noise()
+
+        self.model = torch_mae.MaskedAutoencoder(self.config).to(getattr(torch, precision))
+        weights = draw_weights(self.model, generator) | self._fitted()
+        self.model.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().numpy() for name, p in (trained | dict(self.model.named_buffers())).items()}
+
+    def _fitted(self) -> Tensors:
+        """Fit a PCA target's basis to the run's own images, where there is such a target."""
+        if self.config.pca_components is None:
+            return {}
+        patches = torch_mae.patchify(self.images.flatten(0, 1), self.config.patch_hw).flatten(0, 1)
+        mean, basis = torch_mae.principal_components(patches, self.config.pca_components)
+        return {"target.mean": mean.numpy(), "target.basis": basis.numpy()}
+
+    def _noise(self) -> np.ndarray:
+        """Draw the noise of every step (steps, B, L), each example's row alone."""
+        key = rng.device_key(self.run_config.seed, "mask")
+        draw = jax.jit(lambda position: rng.example_uniforms(key, position[None], self.config.num_patches)[0])
+        return np.stack([[draw(position) for position in row] for row in self.positions])
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """Normalise the images of all steps: (steps, B, C, H, W)."""
+        augment, dtype = self.run_config.augment, getattr(torch, self.precision)
+        mean, std = (torch.tensor(values, dtype=dtype) for values in (augment.mean, augment.std))
+        return ((torch.from_numpy(self.bytes).to(dtype) / 255 - mean) / std).movedim(-1, 2)
+
+    @cached_property
+    def first_pass(self) -> tuple[Tensors, Tensors]:
+        """Compute every intermediate of the first batch's forward pass, and the gradient of its loss."""
+        stages = self.model(self.images[0], torch.from_numpy(self.noise[0])).stages
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(stages["loss"], list(parameters.values()))
+        return (
+            {name: values.detach().numpy() for name, values in stages.items()},
+            {name: values.numpy() for name, values in zip(parameters, gradients, strict=True)},
+        )
+
+    @property
+    def stages(self) -> Tensors:
+        return self.first_pass[0]
+
+    @property
+    def gradients(self) -> Tensors:
+        return self.first_pass[1]
+
+    @cached_property
+    def rates(self) -> list[float]:
+        config = self.run_config
+        return [
+            torch_train.learning_rate(
+                step, config.optim, batch_size=config.batch_size, steps_per_epoch=STEPS_PER_EPOCH, epochs=EPOCHS
+            )
+            for step in range(STEPS)
+        ]
+
+    @cached_property
+    def run(self) -> torch_train.Run:
+        """Train PyTorch's side for all steps."""
+        model, noise = copy.deepcopy(self.model), torch.from_numpy(self.noise)
+        return torch_train.train(model, self.run_config.optim, self.images, noise, self.rates)
+
+
+# --- this project's side ----------------------------------------------------------------------------------------------
+
+
+class Ours:
+    """What this project makes of the same inputs and weights."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.config, self.run_config = reference.config, reference.run_config
+        self.model = mae.MaskedAutoencoder(self.config)
+        self.params = jax.tree.map(jnp.asarray, from_fair(reference.weights, self.config))
+        self.bytes = reference.bytes
+        self.positions = reference.positions
+        self.images = jnp.asarray(reference.images[0].movedim(1, -1).numpy())
+        self.noise = jnp.asarray(reference.noise[0])
+
+    @cached_property
+    def forward(self) -> tuple[mae.Output, dict[str, jax.Array]]:
+        """Run one compiled forward pass: its output, and what every module returned, as 'encoder/block_0.__call__'.
+
+        Its blocks are no compiled functions of their own, since out of those nothing can be recorded.
+        """
+
+        def recorded(params: Any, images: jax.Array, noise: jax.Array) -> tuple[mae.Output, dict[str, jax.Array]]:
+            returned = {}
+
+            def record(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+                values = call(*args, **kwargs)
+                if isinstance(values, jax.Array) and context.method_name in ("__call__", "embed"):
+                    returned["/".join(context.module.path) + "." + context.method_name] = values
+                return values
+
+            with jax.disable_jit(), nn.intercept_methods(record):
+                output = self.model.apply({"params": params}, images, noise)
+            assert isinstance(output, mae.Output)
+            return output, returned
+
+        return jax.jit(recorded)(self.params, self.images, self.noise)
+
+    def gradients(self) -> Tensors:
+        """Compute the gradients of the first batch's loss, under the reference's names."""
+
+        def gradients(params: Params, images: jax.Array, noise: jax.Array) -> Params:
+            return steps.loss_and_gradients(self.model, params, images, noise)[1]
+
+        return to_fair(jax.jit(gradients)(self.params, self.images, self.noise), self.config)
+
+    def engine(self) -> engines.PmapEngine:
+        """Compile the step as runs do, over two devices where there are two."""
+        devices = jax.local_devices()[:2]
+        make_step = partial(steps.make_step, self.run_config, steps_per_epoch=STEPS_PER_EPOCH, epochs=EPOCHS)
+        return engines.pmap_engine(lambda axis: make_step(axis_name=axis), devices, self.run_config.batch_size, 1)
+
+    def first_state(self, params: Params) -> steps.TrainState:
+        """Make the state before the first update."""
+        # A copy: the step takes its state's memory, and these weights are still needed.
+        params = jax.tree.map(jnp.copy, params)
+        trained = select(params, mae.trained)
+        optimizer = optimizers.adamw_direction(self.run_config.optim).init(trained)
+        return steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer, average=None)
+
+    def drawn_noise(self) -> np.ndarray:
+        """Catch the noise (B, L) that reaches the model inside the step on several devices, by position in the batch.
+
+        The model is not run: it hands its inputs to the host. An example is known by its image, all of one grey level.
+        """
+        mean, std = self.run_config.augment.mean[0], self.run_config.augment.std[0]
+        drawn: dict[int, np.ndarray] = {}
+
+        def keep(pixels: np.ndarray, rows: np.ndarray) -> None:
+            drawn.update(zip(np.rint((pixels * std + mean) * 255).astype(int).tolist(), rows, strict=True))
+
+        def spy(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+            if type(context.module) is not mae.MaskedAutoencoder or context.method_name != "__call__":
+                return call(*args, **kwargs)
+            images, rows = args
+            jax.debug.callback(keep, images[:, 0, 0, 0], rows)
+            unused = images.reshape(*rows.shape, -1)
+            return mae.Output(jnp.zeros((), images.dtype), unused, unused, rows, rows, unused)
+
+        greys = np.broadcast_to(np.arange(len(self.bytes[0]), dtype=np.uint8)[:, None, None, None], self.bytes[0].shape)
+        engine = self.engine()
+        state = engine.place(self.first_state({"none": jnp.zeros(())}))
+        batch = engine.put(objective.Batch(jnp.asarray(greys), jnp.asarray(self.positions[0])))
+        with nn.intercept_methods(spy):
+            jax.block_until_ready(engine.step(state, batch))
+        jax.effects_barrier()
+        return np.stack([drawn[example] for example in range(len(greys))])
+
+    @cached_property
+    def run(self) -> tuple[Tensors, list[steps.Metrics], Tensors]:
+        """Train this project's side: raw gradients of the first step, metrics of every step, final weights.
+
+        AdamW's first moment after one update is (1 - beta1) times the gradient that the devices agreed on.
+        """
+        engine = self.engine()
+        state, metrics, gradients = engine.place(self.first_state(self.params)), [], {}
+        for step in range(STEPS):
+            batch = objective.Batch(jnp.asarray(self.bytes[step]), jnp.asarray(self.positions[step]))
+            state, measured = engine.step(state, engine.put(batch))
+            metrics.append(jax.device_get(measured))
+            if step == 0:
+                moments = optax.tree_utils.tree_get(state.optimizer, "mu")
+                fixed = jax.tree.map(np.zeros_like, jax.device_get(state.params))
+                moments = to_fair(merge(fixed, jax.device_get(moments)), self.config)
+                gradients = {name: m / (1 - self.run_config.optim.beta1) for name, m in moments.items()}
+        return gradients, metrics, to_fair(jax.device_get(state.params), self.config)
