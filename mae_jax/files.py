@@ -206,12 +206,15 @@ def _take_lease(folder: Path, field: str, holder: str, report: Callable[[str], N
 
     Times are compared with each other alone, never with a clock of this host, which may be another than the server's.
     """
-    lease, seen, since = folder / LEASE, None, 0.0
+    lease, seen, since, taken_over = folder / LEASE, None, 0.0, False
     while True:
         with contextlib.suppress(FileExistsError):
             with lease.open("x") as file:
                 file.write(holder)
-            return
+            if taken_over:
+                time.sleep(_LOOK)  # another that waited too may have taken this one for the one that ended
+            if not taken_over or _holder(lease) == holder:
+                return
         try:
             found = lease.stat().st_mtime_ns, _holder(lease)
         except FileNotFoundError:
@@ -226,7 +229,7 @@ def _take_lease(folder: Path, field: str, holder: str, report: Callable[[str], N
             raise _refusal(folder, field, found[1])
         elif time.monotonic() - since > ENDS:
             _remove_lease(lease, seen[1])
-            seen = None
+            seen, taken_over = None, True
             continue
         time.sleep(_LOOK)
 
@@ -237,7 +240,8 @@ def _remove_lease(lease: Path, ended: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         lease.rename(aside)
         if _holder(aside) != ended:
-            os.link(aside, lease)
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, lease)
         aside.unlink()
 
 

@@ -6,8 +6,8 @@
 A trial is a run of the bundled digits in a folder of its own, one fault at a random step, and the same command again to
 the end. It has survived if its final state equals, bit for bit, that of a run never stopped, if every step stands once
 in metrics.jsonl with that run's numbers, and if the fault was met as it should be: with the right exit code, and where
-the program could speak, a sentence and no traceback, after which it is gone at once. Faults of disks happen on disks of
-their own, which are mounted where that is allowed; else they are skipped. Exits with 1 if a trial has not survived.
+the program could speak, a sentence, after which it is gone at once. Faults of disks happen on disks of their own, which
+are mounted where that is allowed; else they are skipped. Exits with 1 if a trial has not survived.
 """
 
 import contextlib
@@ -91,7 +91,8 @@ class Trial:
     def end(self, code: int, words: str = "", clean: bool = True) -> None:
         """Wait for the end of the run, which must be as expected.
 
-        clean: no traceback is to be seen. In the middle of a save, TensorStore prints one for each array.
+        clean: no traceback is to be seen. Of a disk that fails in the middle of a save, TensorStore prints one for each
+        array that it writes just then.
 
         Raises:
           Missed: the run ended as if nothing had happened.
@@ -195,13 +196,13 @@ def full_disk(trial: Trial) -> None:
             trial.start()
             trial.at_step()
             with full(trial.workdir):
-                trial.end(1, "cannot be written")
+                trial.end(1, "cannot be written", clean=False)
     except Skipped:
         trial.start()
         trial.at_step()
         hard = resource.prlimit(trial.process.pid, resource.RLIMIT_FSIZE)[1]
         resource.prlimit(trial.process.pid, resource.RLIMIT_FSIZE, (0, hard))
-        trial.end(1, "cannot be written")
+        trial.end(1, "cannot be written", clean=False)
 
 
 def full_ext4(trial: Trial) -> None:
@@ -210,7 +211,7 @@ def full_ext4(trial: Trial) -> None:
         trial.start()
         trial.at_step()
         with full(trial.workdir):
-            trial.end(1, "cannot be written")
+            trial.end(1, "cannot be written", clean=False)
 
 
 def full_in_a_save(trial: Trial) -> None:
@@ -237,7 +238,7 @@ def no_inodes(trial: Trial) -> None:
         with contextlib.suppress(OSError):
             for number in range(10**6):
                 (crowd / str(number)).touch()
-        trial.end(1, "cannot be written")
+        trial.end(1, "cannot be written", clean=False)
         shutil.rmtree(crowd)
 
 
@@ -308,7 +309,7 @@ def read_only(trial: Trial) -> None:
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):  # what was still being written
             folder.chmod(0o555)
-    trial.end(1, "cannot be written")
+    trial.end(1, "cannot be written", clean=False)
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):
             folder.chmod(0o755)

@@ -38,6 +38,7 @@ def features(
       workers: Processes that read images; by default threads of this one.
     """
     prepare_jax_for(source)
+    from mae_jax.data.images.decode import prepare_decoder
     from mae_jax.data.sources.source import absolute, open_source
     from mae_jax.evaluation.encoders import load_pretrained
     from mae_jax.evaluation.features import FeatureFile, check_features, check_writable, save_features, source_features
@@ -49,6 +50,7 @@ def features(
         print(f"mae-jax features: workers {workers} must not be negative", file=sys.stderr)
         return 2
     check_writable(out)
+    prepare_decoder()
     read = load_pretrained(source, encoder_heads)
     check_features(read.params, read.model, pooling, block)
     images = open_source(data, read.model.in_channels, split)

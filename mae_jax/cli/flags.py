@@ -80,7 +80,7 @@ def _unalias(args: Sequence[str]) -> list[str]:
 
 
 def precision(run: Path) -> str:
-    """The dtype that a run computes in.
+    """Read the dtype that a run computes in.
 
     Raises:
       StatedError: it is neither a run nor a checkpoint.
@@ -91,7 +91,7 @@ def precision(run: Path) -> str:
 
 
 def prepare_jax_for(source: str) -> None:
-    """In a run's own precision; anything else is computed in float32.
+    """Prepare JAX to compute in a run's own precision; anything else is computed in float32.
 
     Raises:
       StatedError: it is a run that cannot be read.
@@ -102,12 +102,15 @@ def prepare_jax_for(source: str) -> None:
 
 
 def prepare_jax(dtype: str, hosts_may_join: bool = False) -> None:
-    """Settings that JAX takes before its first array."""
+    """Make the settings that JAX takes before its first array, and refuse platforms that it does not find.
+
+    hosts_may_join: leave the platforms to `hosts.joined`: hosts must meet before JAX looks for devices.
+    """
     import jax
 
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    if not hosts_may_join:  # which must come before JAX looks for devices
+    if not hosts_may_join:
         from mae_jax.hosts import check_platform
 
         check_platform()
@@ -115,7 +118,7 @@ def prepare_jax(dtype: str, hosts_may_join: bool = False) -> None:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over images, where somebody is looking."""
+    """Show a progress bar over images, where somebody is looking."""
     from tqdm import tqdm
 
     with tqdm(total=total, unit="image", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:

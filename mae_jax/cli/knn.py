@@ -45,8 +45,10 @@ def knn(
     if queries is not None:
         raise StatedError(f"queries {queries} is to be looked up in a file of features, and {source} is none (.npz)")
     prepare_jax_for(source)
+    from mae_jax.data.images.decode import prepare_decoder
     from mae_jax.evaluation.knn import compare_with_untrained
 
+    prepare_decoder()
     print(
         compare_with_untrained(source, data, k=k, temperature=temperature, pooling=pooling, encoder_heads=encoder_heads)
     )

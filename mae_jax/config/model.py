@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
-from mae_jax.config.checks import require_positive, require_unit_interval, require_whole
+from mae_jax.config.checks import require_choices, require_positive, require_unit_interval, require_whole
 
 Positions = Literal["sincos2d", "sincos1d", "learned"]
 Masking = Literal["random", "block", "grid"]
@@ -80,6 +80,7 @@ class ModelConfig:
     attention: AttentionKernel = "xla"
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require_whole(self, "in_channels")
         for size, patch in zip(self.image_hw, self.patch_hw, strict=True):
             if patch <= 0 or size <= 0:
@@ -109,9 +110,6 @@ class ModelConfig:
             raise ValueError(f"masking block needs 4 patches or more, this model has {self.num_patches}")
         if self.masking == "grid":
             self._check_grid_masking()
-        for name, allowed in (("dtype", get_args(Dtype)), ("attention", get_args(AttentionKernel))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)} is unknown (there are: {', '.join(allowed)})")
         if self.attention == "cudnn":
             self._check_cudnn()
 
@@ -213,6 +211,7 @@ class ClassifierConfig:
     drop_path: float = 0.0  # of the last block; the rate rises from 0 (Huang et al. 2016)
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require_whole(self, "classes")
         require_unit_interval(self, "drop_path")
         if self.pooling == "class" and not self.model.class_token:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mae_jax.config.checks import require_positive, require_whole
+from mae_jax.config.checks import require_choices, require_positive, require_whole
 from mae_jax.config.model import ClassifierConfig, ModelConfig, Pooling
 from mae_jax.config.training import AugmentConfig, MixConfig, OptimConfig
 
@@ -65,6 +65,7 @@ class RunConfig(OperationConfig):
     init: str | None = None  # start from these weights: a run, or a PyTorch checkpoint that `mae-jax port` reads
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require_positive(self, "epochs")
         require_whole(self, "batch_size", "accumulate", "log_every", "save_every", "keep", "repeats")
         for name in ("canvas_size", "steps", "devices", "fsdp", "num_processes", "keep_every"):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mae_jax.config.checks import require_positive, require_unit_interval
+from mae_jax.config.checks import require_choices, require_not_negative, require_positive, require_unit_interval
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,13 +29,12 @@ class AugmentConfig:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
+        require_choices(self)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale {self.scale} is not 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio {self.ratio} is not 0 < low <= high")
-        for name in ("color_jitter", "rand_augment_std"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)} must be finite and not negative")
+        require_not_negative(self, "color_jitter", "rand_augment_std")
         if self.rand_augment is not None and not 0 <= self.rand_augment <= 10:
             raise ValueError(f"rand_augment {self.rand_augment} is outside 0 .. 10")
         if not 0 < self.evaluation_crop <= 1:
@@ -65,9 +64,7 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         require_unit_interval(self, "smoothing")
-        for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)} must be finite and not negative")
+        require_not_negative(self, "mixup", "cutmix")
         for name in ("cutmix_share", "erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is outside [0, 1]")
@@ -97,11 +94,10 @@ class OptimConfig:
     ema_decay: float | None = None  # of a running average of the parameters
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require_positive(self, "base_lr", "eps", "trust")
         require_unit_interval(self, "beta1", "beta2", "momentum")
-        for name in ("min_lr", "warmup_epochs", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)} must be finite and not negative")
+        require_not_negative(self, "min_lr", "warmup_epochs", "weight_decay")
         if self.clip_norm is not None:
             require_positive(self, "clip_norm")
         if self.ema_decay is not None:

@@ -100,16 +100,9 @@ def evaluate_classifier(
     share = Subset(source, np.minimum(indices, len(source) - 1).tolist())
     model = config.model
     found: list[tuple[np.ndarray, ...]] = []
-    with contextlib.closing(
-        evaluation_batches(
-            share,
-            model.image_hw,
-            model.in_channels,
-            own,
-            share=config.augment.evaluation_crop,
-            workers=config.workers,
-        )
-    ) as batches:
+    crop, workers = config.augment.evaluation_crop, config.workers
+    read = evaluation_batches(share, model.image_hw, model.in_channels, own, share=crop, workers=workers)
+    with contextlib.closing(read) as batches:
         for number, rows in enumerate(batches):
             # Rows of images that do not decode are missing here, and stay black with label -1: hosts must agree on the
             # shape of a batch whatever they could read.
@@ -151,6 +144,7 @@ def draw_confusion(matrix: Int[np.ndarray, "classes classes"], names: tuple[str,
     figure = Figure(figsize=(side, side), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
+    # Colour by the share of the true class, so that rare classes are as visible as frequent ones; numbers are counts.
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
@@ -172,6 +166,7 @@ def draw_worst(outcomes: Outcomes, head: int, source: Source, config: FinetuneCo
     Below each: its true class with the probability that it was given, and the predicted class, red where it is wrong.
     """
     image_hw, share, names = config.model.image_hw, config.augment.evaluation_crop, source.class_names
+    # A cell is an image, enlarged in whole steps, with 40 pixels below it for two lines of 20 letters.
     order = np.argsort(-outcomes.loss[head], kind="stable")[:count]
     scale = max(1, 96 // max(image_hw))
     height, width = image_hw[0] * scale, max(image_hw[1] * scale, 120)

@@ -79,9 +79,7 @@ def load_features(path: Path) -> FeatureFile:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             missing = [name for name in FeatureFile._fields if name not in stored]
             if missing:
-                raise StatedError(
-                    f"{path} has no array {missing}: give a file that `mae-jax features` wrote", field=missing[0]
-                )
+                raise StatedError(f"{path} has no array {missing}: give a file of `mae-jax features`", field=missing[0])
             features, labels, class_names, names, of = (stored[name] for name in FeatureFile._fields)
         about = json.loads(str(of))
     except OSError as error:
@@ -100,23 +98,21 @@ def load_features(path: Path) -> FeatureFile:
 
 def _check(path: Path, found: FeatureFile) -> None:
     """Refuse arrays that are not those of a file of features."""
-    features, labels = found.features, found.labels
+
+    def wrong(field: str, text: str) -> StatedError:
+        return StatedError(f"{path}: {field} {text}", field=field)
+
+    features, labels, classes = found.features, found.labels, len(found.class_names)
     if features.ndim != 2 or features.dtype != np.float32:
-        raise StatedError(
-            f"{path}: features are {features.dtype} {features.shape}, not float32 (images, width)", field="features"
-        )
-    if labels.shape != features.shape[:1] or labels.dtype.kind != "i" or len(found.names) != len(features):
-        raise StatedError(
-            f"{path}: {len(features)} features, and labels {labels.dtype} {labels.shape}, {len(found.names)} names",
-            field="labels",
-        )
-    if labels.size and not -1 <= labels.min() <= labels.max() < len(found.class_names):
-        raise StatedError(
-            f"{path}: labels {labels.min()} .. {labels.max()} are not those of {len(found.class_names)} classes",
-            field="labels",
-        )
+        raise wrong("features", f"are {features.dtype} {features.shape}, not float32 (images, width)")
+    if labels.shape != features.shape[:1] or labels.dtype.kind != "i":
+        raise wrong("labels", f"are {labels.dtype} {labels.shape}, not one whole number for each of {len(features)}")
+    if len(found.names) != len(features):
+        raise wrong("names", f"are {len(found.names)}, of {len(features)} images")
+    if labels.size and not -1 <= labels.min() <= labels.max() < classes:
+        raise wrong("labels", f"{labels.min()} .. {labels.max()} are not those of {classes} classes")
     if not isinstance(found.of, dict):
-        raise StatedError(f"{path}: of is {found.of!r}, not an object with the features' origin", field="of")
+        raise wrong("of", f"is {str(found.of)[:80]}, not an object with the features' origin")
 
 
 def check_alike(first: Path, one: FeatureFile, second: Path, other: FeatureFile) -> None:
@@ -125,15 +121,10 @@ def check_alike(first: Path, one: FeatureFile, second: Path, other: FeatureFile)
     Raises:
       StatedError: they come from different encoders, or from different places in one.
     """
-    for name in _SAME:
-        a, b = one.of.get(name), other.of.get(name)
+    pairs = [(name, one.of.get(name), other.of.get(name)) for name in _SAME]
+    for name, a, b in [*pairs, ("width", one.features.shape[1], other.features.shape[1])]:
         if a != b:
             raise StatedError(f"{first} and {second} do not compare: {name} {a} and {b}; make both alike", field=name)
-    if one.features.shape[1] != other.features.shape[1]:
-        raise StatedError(
-            f"{first} and {second} do not compare: {one.features.shape[1]} and {other.features.shape[1]} wide",
-            field="features",
-        )
 
 
 @partial(jax.jit, static_argnames=("model", "augment", "pooling", "block"))
@@ -151,6 +142,7 @@ def image_features(
 
     A classifier of the patches' mean has its LayerNorm behind the mean (`fc_norm`), and so have its features.
     """
+    # `blocks` ends before the last LayerNorm; a classifier that pools by the mean has none in its encoder.
     patches, mask = all_visible(normalise_images(images, augment, wide(model.dtype)), model)
     normalised = block is None and "norm" in params["encoder"]
     count = model.encoder.depth if block is None else block % model.encoder.depth + 1
@@ -181,10 +173,7 @@ def check_features(params: Params, model: ModelConfig, pooling: Pooling, block: 
             f"block {block} is not in {-depth} .. {depth - 1}: the encoder has {depth} blocks", field="block"
         )
     if pooling == "class" and block is None and "norm" not in params["encoder"]:
-        raise StatedError(
-            "pooling class: this classifier normalises the mean of the patches alone; use mean, or block -1",
-            field="pooling",
-        )
+        raise StatedError("pooling class has no LayerNorm in this classifier; use mean, or block -1", field="pooling")
 
 
 class Features(NamedTuple):
@@ -219,6 +208,7 @@ def source_features(
     devices = jax.local_devices()
     mesh = Mesh(np.array(devices), ("images",))
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["images"], []))
+    # Parameters on every device, images cut over them.
     params = jax.device_put(params, whole)
     # A multiple of the devices; the last batch is filled up, so that one program is compiled.
     batch_size = -(-min(batch_size, len(source)) // len(devices)) * len(devices)

@@ -101,6 +101,7 @@ def _nearest_of_group(
 ) -> Neighbours:
     """Pass over the bank once, chunk by chunk, for a group of queries."""
     size, width = group.shape
+    # Queries and chunks are filled up with zeros to full blocks, so that one program serves all of them.
     block, chunk = min(sizes.block, size), min(sizes.chunk, len(bank))
     blocks = -(-size // block)
     queries = jnp.asarray(_filled(group, blocks * block).reshape(blocks, block, width))

@@ -111,6 +111,7 @@ def reconstruct(
 def draw(views: list[View], title: str) -> Image.Image:
     """Draw a grid, one row an example and one column a view, pixels enlarged in whole steps, captions above."""
     _, height, width, channels = views[0].images.shape
+    # Lines of text on top (title, star, channels, captions), then a row of cells for each image.
     scale = max(1, 128 // max(height, width))
     font = ImageFont.load_default(size=13)
     cell_width, cell_height, gap = max(width * scale, 100), height * scale, 6

@@ -45,6 +45,7 @@ class Classifier(nn.Module):
         config = self.config
         patches, mask = all_visible(images, config.model)
         survival = None if uniforms is None else drop_path(uniforms, config.drop_path)
+        # Blocks without the LayerNorm behind them: which one follows depends on the pooling.
         tokens = self.encoder.blocks(patches, mask, survival)
         if config.pooling == "class":
             return self.encoder.norm(tokens)[:, 0]

@@ -15,6 +15,7 @@ def stack_flops(stack: TransformerConfig, tokens: int) -> int:
 
 def forward_flops(config: ModelConfig) -> int:
     """Count one image's forward pass as the paper describes it: every patch is projected, and every patch predicted."""
+    # The encoder's sequence, then the decoder's; at the ends the projections of patches, latents and predictions.
     extra = int(config.class_token)
     seen = (config.num_patches if config.encoder_mask_tokens else config.keep) + extra
     full = config.num_patches + extra

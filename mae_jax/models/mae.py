@@ -172,6 +172,8 @@ def with_positions(
     first: Float[Array, "_ 1 width"] | None,
 ) -> Tokens:
     """Add each patch's row of the table; put the class token, with its own row, in front if there is one."""
+    # Tokens are shuffled and the table is not: each token takes the row of its patch. In the encoder there are fewer
+    # tokens than patches, which are the first of ids_shuffle.
     patch_rows = table if first is None else table[1:]
     tokens = tokens + patch_rows[mask.ids_shuffle[:, : tokens.shape[1]]]
     if first is None:

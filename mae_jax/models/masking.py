@@ -43,6 +43,8 @@ def keep_smallest(scores: Scores, keep: int) -> Mask:
     """
     if not 1 <= keep < scores.shape[1]:
         raise ValueError(f"keep {keep} is not in 1 .. {scores.shape[1] - 1}")
+    # ids_shuffle[i] is the patch at place i; its inverse, ids_restore[p], the place of patch p. A patch is hidden if
+    # its place is behind the visible ones.
     ids_shuffle = jnp.argsort(scores, axis=1, stable=True)
     ids_restore = jnp.argsort(ids_shuffle, axis=1)
     return Mask(ids_shuffle, ids_restore, (ids_restore >= keep).astype(jnp.float32))
@@ -50,6 +52,7 @@ def keep_smallest(scores: Scores, keep: int) -> Mask:
 
 def grid_scores(noise: Noise, grid: tuple[int, int], stride: int) -> Scores:
     """Score patches so that one of every stride x stride stays, the same in every cell; the first noise picks it."""
+    # The smallest of the first s x s values picks one of a cell's s x s patches. Scores are 0 or 1; ties go by index.
     offset = jnp.argmin(noise[:, : stride**2], axis=1)[:, None]
     row, column = jnp.divmod(jnp.arange(grid[0] * grid[1]), grid[1])
     return ((row % stride) * stride + column % stride != offset).astype(jnp.int32)

@@ -23,6 +23,7 @@ def patchify(images: Images, patch_hw: tuple[int, int]) -> Patches:
     rows, columns = height // patch_hw[0], width // patch_hw[1]
     if (rows * patch_hw[0], columns * patch_hw[1]) != (height, width):
         raise ValueError(f"images of {height} x {width} pixels are not a whole number of patches of {patch_hw}")
+    # (row of patches, row in the patch, column of patches, column in the patch, channel): patches to the front.
     cells = images.reshape(batch, rows, patch_hw[0], columns, patch_hw[1], channels)
     return cells.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
 

@@ -14,16 +14,9 @@ from mae_jax.config import FinetuneConfig, OptimConfig, wide
 from mae_jax.models import Params
 from mae_jax.models.classifier import Classifier, Pooled
 from mae_jax.models.patches import Images
+from mae_jax.train import optimizers
 from mae_jax.train.mixing import Targets, erase, mix, smooth_targets
 from mae_jax.train.objective import Batch, normalise_images
-from mae_jax.train.optimizers import (
-    direction,
-    kernel_mask,
-    layer_rates,
-    not_diverged,
-    per_head,
-    zero_where_diverged,
-)
 
 BATCH_NORM_EPS = 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # PyTorch's: the share of the new batch in the running statistics
@@ -59,6 +52,7 @@ class Classification:
         config, model = self.config, self.config.model
         images = jnp.zeros((1, *model.image_hw, model.in_channels), wide(model.dtype))
         init = jax.jit(lambda key: Classifier(config.classifier).init(key, images)["params"])
+        # The head has a stream of its own, so that the encoder does not depend on how many classes or heads there are.
         params = init(rng.device_key(config.seed, "init"))
         shape = (*((len(config.sweep),) if config.sweep else ()), *params["head"]["kernel"].shape)
         # The authors cut the normal off at +-2, far beyond any that is drawn. All heads of a sweep begin alike.
@@ -68,11 +62,8 @@ class Classification:
             "bias": jnp.zeros((*shape[:-2], shape[-1]), wide(model.dtype)),
         }
         if config.batch_norm:
-            width = model.encoder.width
-            params["statistics"] = {
-                "mean": jnp.zeros(width, wide(model.dtype)),
-                "variance": jnp.ones(width, wide(model.dtype)),
-            }
+            mean = jnp.zeros(model.encoder.width, wide(model.dtype))
+            params["statistics"] = {"mean": mean, "variance": jnp.ones_like(mean)}
         return params
 
     def trained(self, path: tuple[str, ...]) -> bool:
@@ -89,8 +80,8 @@ class Classification:
         return follows or path[1] in {f"block_{number}" for number in range(depth - last, depth)}
 
     def direction(self, optim: OptimConfig) -> optax.GradientTransformation:
-        optimizer = direction(optim, kernel_mask)
-        return per_head(optimizer) if self.config.sweep else optimizer
+        optimizer = optimizers.direction(optim, optimizers.kernel_mask)
+        return optimizers.per_head(optimizer) if self.config.sweep else optimizer
 
     def rates(self, params: Params) -> Params | None:
         """Return layer decay; in a sweep each head's own rate over the configured one."""
@@ -100,17 +91,19 @@ class Classification:
             return jax.tree.map(lambda p: jnp.asarray(ratio, p.dtype).reshape(-1, *[1] * (p.ndim - 1)), params)
         if config.layer_decay == 1:
             return None
-        return layer_rates(params, config.model.encoder.depth, config.layer_decay)
+        return optimizers.layer_rates(params, config.model.encoder.depth, config.layer_decay)
 
     def inputs(self, batch: Batch, pixels: Array, step: Int[Array, ""]) -> Examples:
         """Make normalised, erased, mixed images and their targets; draw drop path's uniforms."""
         config, dtype = self.config, wide(self.config.model.dtype)
         assert batch.labels is not None
         assert config.classes is not None
+        # In timm's order: erasing works on normalised pixels (its noise is normal), and mixing comes last.
         images = normalise_images(pixels, config.augment, dtype)
         images = erase(images, rng.device_key(config.seed, "erase"), jnp.asarray(batch.positions), config.mix.erase)
         targets = smooth_targets(jnp.asarray(batch.labels), config.classes, config.mix.smoothing, dtype)
         images, targets = mix(images, targets, jax.random.fold_in(rng.device_key(config.seed, "mix"), step), config.mix)
+        # One uniform for each of a block's two branches, by the position of the example.
         depth = config.model.encoder.depth
         drawn = rng.example_uniforms(rng.device_key(config.seed, "drop_path"), batch.positions, 2 * depth)
         return Examples(images, targets, drawn.reshape(-1, depth, 2).astype(dtype))
@@ -132,7 +125,7 @@ class Classification:
             replaced = {"statistics": _running(params["statistics"], mean, variance, config.batch_size)}
         head = params["head"]
         if config.sweep:  # neither loss nor gradient of a head that has diverged may reach the sum of the others
-            head = zero_where_diverged(head, not_diverged(head))
+            head = optimizers.zero_where_diverged(head, optimizers.not_diverged(head))
         logits = head_logits(head, features)
         errors = optax.softmax_cross_entropy(logits, inputs.targets).mean(axis=-1)
         if not config.sweep:
@@ -140,7 +133,7 @@ class Classification:
         # The sum is minimised, which minimises each head by itself. Its gradient is kept and its value replaced: the
         # loss that is reported is that of the best head.
         total = errors.sum()
-        best = jnp.where(not_diverged(params["head"]), errors, jnp.inf).min()
+        best = jnp.where(optimizers.not_diverged(params["head"]), errors, jnp.inf).min()
         return jax.lax.stop_gradient(best - total) + total, replaced
 
     def _moments(self, features: Pooled) -> tuple[Float[Array, " width"], Float[Array, " width"]]:
@@ -169,6 +162,7 @@ def fold_batch_norm(params: Params) -> Params:
     """Fold BatchNorm, by its running statistics, into the head: the same logits from a classifier without it."""
     if "statistics" not in params:
         return params
+    # (x - mean) / std * W + b = x * (W / std) + (b - mean * W / std).
     rest = {name: part for name, part in params.items() if name != "statistics"}
     mean, variance = params["statistics"]["mean"], params["statistics"]["variance"]
     kernel = params["head"]["kernel"] / jnp.sqrt(variance + BATCH_NORM_EPS)[:, None]

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mae_jax.config import ModelConfig
 from mae_jax.errors import StatedError
 from mae_jax.train.objective import Batch
-from mae_jax.train.step import Metrics, Step, TrainState
+from mae_jax.train.step import Step
 
 AXIS = "data"
 AMPERE = "8.0"  # compute capability of the oldest GPUs for which cuDNN has fused attention
@@ -39,7 +39,7 @@ class Engine(Protocol):
     def devices(self) -> list[jax.Device]: ...
 
     @property
-    def step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]: ...
+    def step(self) -> Step: ...
 
     @property
     def in_flight(self) -> int: ...
@@ -66,20 +66,18 @@ def choose_devices(count: int | None) -> list[jax.Device]:
     Raises:
       StatedError: a host has fewer, or they do not all have as many.
     """
+    # Sorted by host, so that a host's rows of a batch and its devices are neighbours wherever devices are in a row.
     by_host: dict[int, list[jax.Device]] = {}
     for device in sorted(jax.devices(), key=lambda device: (device.process_index, device.id)):
         by_host.setdefault(device.process_index, []).append(device)
     local = jax.local_devices()
     if count is not None and count > len(local):
-        raise StatedError(
-            f"devices {count} asked for, this host has {len(local)} ({local[0].platform})", field="devices"
-        )
+        message = f"devices {count} asked for, this host has {len(local)} ({local[0].platform})"
+        raise StatedError(message, field="devices")
     used = [found[:count] for found in by_host.values()]
     if len({len(found) for found in used}) > 1:
         numbers = ", ".join(f"{len(found)} on host {host}" for host, found in by_host.items())
-        raise StatedError(
-            f"hosts differ in their devices: {numbers}. Give --devices {min(map(len, used))}", field="devices"
-        )
+        raise StatedError(f"devices differ: {numbers}. Give --devices {min(map(len, used))}", field="devices")
     return [device for found in used for device in found]
 
 
@@ -142,7 +140,7 @@ class PmapEngine:
     """A step over `devices` of this host, the state whole on each."""
 
     devices: list[jax.Device]
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    step: Step
     in_flight: int
 
     def _sharding(self, *axes: str) -> NamedSharding:
@@ -182,12 +180,12 @@ def pmap_engine(
       StatedError: the batch does not divide, or there are several hosts.
     """
     if jax.process_count() > 1:
-        raise StatedError(
-            f"engine pmap works on one host, these are {jax.process_count()}: give --engine jit or fsdp", field="engine"
-        )
+        message = f"engine pmap works on one host, these are {jax.process_count()}: give --engine jit or fsdp"
+        raise StatedError(message, field="engine")
     check_divides(batch_size, len(devices), accumulate)
     # A mean over one device would copy every gradient.
     axis = AXIS if len(devices) > 1 else None
+    # in_axes, out_axes None: the state goes in and comes out as it is, without an axis of devices, and replicated.
     step = jax.pmap(
         make_step(axis), axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices
     )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mae_jax.errors import StatedError
 from mae_jax.train.engines import check_divides, steps_in_flight
 from mae_jax.train.objective import Batch
-from mae_jax.train.step import Metrics, Step, TrainState
+from mae_jax.train.step import Step, TrainState
 
 DATA, SHARD = "data", "shard"
 
@@ -57,7 +57,7 @@ class MeshEngine:
     """A step over all devices of a mesh, some of which may be other hosts'."""
 
     mesh: Mesh
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    step: Step
     in_flight: int
 
     @property
@@ -105,5 +105,7 @@ def mesh_engine(
     mesh = make_mesh(devices, fsdp)
     check_divides(batch_size, len(devices), accumulate)
     whole = NamedSharding(mesh, PartitionSpec())
+    # The compiler sees one program over the whole batch. Where the state lies is fixed here for the result, and by the
+    # arguments for the input; all communication follows from that.
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(layout(mesh, state), whole))
     return MeshEngine(mesh, compiled, steps_in_flight(devices))

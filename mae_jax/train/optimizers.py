@@ -31,6 +31,7 @@ def learning_rate(
     epoch: Float[Array, "*any"], optim: OptimConfig, *, batch_size: int, epochs: float
 ) -> Float[Array, "*any"]:
     """Compute the rate at fractional epochs: a linear warm-up from 0, then constant, or half a cosine to min_lr."""
+    # By the epoch, not by the step, so that the curve does not depend on how many steps an epoch has.
     peak = peak_learning_rate(optim, batch_size)
     if optim.schedule == "constant":
         after_warmup: float | Array = peak
@@ -119,6 +120,7 @@ def per_head(transformation: optax.GradientTransformation) -> optax.GradientTran
     """Make an optimizer of several models at once; one that has diverged stays as it is, and the others go on."""
 
     def update(gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> Any:
+        # vmap over the first axis of everything: norms and trust ratios are then each head's own.
         updates, state = jax.vmap(transformation.update)(gradients, state, params)
         return zero_where_diverged(updates, not_diverged(params)), state
 

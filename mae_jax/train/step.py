@@ -113,6 +113,7 @@ def make_step(config: Run, *, steps_per_epoch: float, epochs: float, axis_name: 
     direction = objective.direction(config.optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # Gradients are taken of the trained parameters alone; frozen ones have none, and no place in the optimizer.
         trained = select(state.params, objective.trained)
 
         def loss_of(trained: Params, inputs: Any) -> tuple[Float[Array, ""], Params]:

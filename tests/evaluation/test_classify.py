@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.config import AugmentConfig, FinetuneConfig, ModelConfig, TransformerConfig
+from mae_jax.config import FinetuneConfig
 from mae_jax.data.images.decode import BrokenImage
 from mae_jax.data.sources.source import open_source
 from mae_jax.data.sources.split import Subset
@@ -19,19 +19,10 @@ from mae_jax.train.build import build_engine, run_length
 from mae_jax.train.objective import normalise_images
 from mae_jax.train.step import init_state
 from tests.refusals import refused
+from tests.tiny import TINY
 
 CONFIG = FinetuneConfig(
-    model=ModelConfig(
-        image_size=8,
-        patch_size=4,
-        in_channels=1,
-        encoder=TransformerConfig(width=8, depth=1, heads=2),
-        decoder=TransformerConfig(width=8, depth=1, heads=2),
-    ),
-    augment=AugmentConfig(mean=(0.3,), std=(0.4,)),
-    batch_size=16,
-    classes=10,
-    head_std=1.0,
+    model=dataclasses.replace(TINY.model, patch_size=4), augment=TINY.augment, batch_size=16, classes=10, head_std=1.0
 )
 
 

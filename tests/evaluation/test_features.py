@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax.config import AugmentConfig, ClassifierConfig, ModelConfig, TransformerConfig
+from mae_jax.config import ClassifierConfig
 from mae_jax.data.evaluation import load_samples
 from mae_jax.data.sources.digits import DigitsSource
 from mae_jax.data.sources.folder import FolderSource
@@ -18,15 +18,9 @@ from mae_jax.models.classifier import Classifier
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.train.objective import normalise_images
 from tests.refusals import refused
+from tests.tiny import TINY
 
-CONFIG = ModelConfig(
-    image_size=8,
-    patch_size=4,
-    in_channels=1,
-    encoder=TransformerConfig(width=16, depth=1, heads=2, mlp_ratio=2.0),
-    decoder=TransformerConfig(width=8, depth=1, heads=2, mlp_ratio=2.0),
-)
-AUGMENT = AugmentConfig(mean=(0.3,), std=(0.4,))
+CONFIG, AUGMENT = dataclasses.replace(TINY.model, patch_size=4), TINY.augment
 
 
 def draw_params(config):
@@ -118,7 +112,7 @@ def test_features_that_are_not_there_are_refused():
             check_features(params, CONFIG, "mean", block)
     with refused("pooling", "this model has none"):
         check_features(params, dataclasses.replace(CONFIG, class_token=False), "class", None)
-    with refused("pooling", "the mean of the patches alone"):
+    with refused("pooling", "has no LayerNorm"):
         check_features({"encoder": {}}, CONFIG, "class", None)
 
 
