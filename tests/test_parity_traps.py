@@ -83,7 +83,7 @@ def swapped_halves(patch: Patch) -> None:
 
 def other_frequencies(patch: Patch) -> None:
     planted = lambda coordinates, count: np.outer(coordinates, 10000.0 ** -np.linspace(0, 1, count))  # noqa: E731
-    patch.setattr(positions, "_angles", planted)
+    patch.setattr(patches, "_angles", planted)
 
 
 # --- 5 and 6: noise and masks ------------------------------------------------------------------------------------
