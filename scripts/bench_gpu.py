@@ -9,15 +9,12 @@ again for ever.
 """
 
 import argparse
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from ended import ended
 from mae_jax.bench.recipe import bench_config
 from mae_jax.bench.table import HEAD, caption, factor_line, lacks_memory, line, reason, warning_of_order
 from mae_jax.errors import StatedError
-from mae_jax.files import write_atomically
+from mae_jax.files import hold, write_atomically
 
 SCRIPTS = Path(__file__).resolve().parent
 LARGE_MODELS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
@@ -44,23 +41,6 @@ FLAGS = (
 )
 
 Job = tuple[str, list[str]]  # what it shows, and the words of its command
-
-
-@contextlib.contextmanager
-def hold(folder: Path, field: str) -> Iterator[int]:
-    """Hold a folder for this process, and for those that inherit the descriptor, until the last has ended.
-
-    Raises:
-      StatedError: another command holds it, or a job that one has left.
-    """
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StatedError(
-                f"--{field} {folder} is in use by another command, or by a job that one left: end it first", field=field
-            ) from error
-        yield lock.fileno()
 
 
 def jobs(models: list[str], batch: int, dtype: str, rounds: int, device: str, attention: str) -> list[Job]:
@@ -247,8 +227,8 @@ def main() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(arguments.out, error) from error
-    with hold(arguments.out, "out") as lock:
-        return fill(arguments, lock)
+    with hold(arguments.out, "out") as held:
+        return fill(arguments, held.lock)
 
 
 def fill(arguments: argparse.Namespace, lock: int) -> bool:
