@@ -142,12 +142,12 @@ def test_the_axes_of_a_confusion_matrix(monkeypatch):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
 
 
-@pytest.mark.parametrize(("workers", "used"), [(None, 0), (0, 0), (3, 3)])
-def test_images_are_read_by_as_many_workers_as_the_runs(params, monkeypatch, workers, used):
+@pytest.mark.parametrize("asked", [None, 0, 3])
+def test_images_are_read_by_as_many_workers_as_the_runs(params, monkeypatch, asked):
     def batches(*args, workers, **others):
-        assert workers == used
+        assert workers == asked
         return evaluation_batches(*args, workers=0, **others)
 
     monkeypatch.setattr(classify, "evaluation_batches", batches)
-    source = Chosen(open_source("digits", 1), range(20))
-    assert evaluated(params, source, dataclasses.replace(CONFIG, workers=workers)).left_out == 0
+    source = Subset(open_source("digits", 1), range(20))
+    assert evaluated(params, source, dataclasses.replace(CONFIG, workers=asked)).left_out == 0
