@@ -107,15 +107,6 @@ class Hosts:
             if self.first:
                 time.sleep(LINGER)
 
-    def abandon(self, reason: str) -> None:
-        """End this process, from whichever thread, where other hosts would wait for it; return where it is alone."""
-        if self.count > 1:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                reason = "\n".join(self.failures()) or reason  # what another failed at comes before what follows
-            _report(reason)
-            self.leave_word(reason)
-            os._exit(1)
-
 
 def _report(text: str) -> None:
     print(f"mae-jax: {text}", file=sys.stderr, flush=True)

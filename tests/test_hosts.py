@@ -128,18 +128,6 @@ def test_without_host_0_jax_aborts():
     assert [code for code, _, _ in end(two(body))] == [-9, -6]
 
 
-def test_one_ends_from_another_thread_where_others_would_wait():
-    body = """
-import threading
-if first: threading.Thread(target=hosts.abandon, args=("no disk",)).start()
-hosts.gather('topic', '') if not first else time.sleep(60)
-"""
-    done = end(two(body))
-    assert [code for code, _, _ in done] == [1, 1]
-    assert "mae-jax: no disk" in done[0][2]
-    assert "host 0 of 2 has failed: no disk" in done[1][2]
-
-
 @pytest.mark.extended
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_is_stopped_for_a_minute_goes_on(victim):
@@ -158,7 +146,6 @@ def test_alone_there_is_nobody_to_wait_for(tiny):
         assert hosts == Hosts()
         assert hosts.first
         assert hosts.gather("topic", "text") == ["text"]
-        hosts.abandon("no reason")
 
 
 def test_alone_on_purpose_needs_no_address(tiny):

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 
 from mae_jax import rng
 from mae_jax.config import ModelConfig, TransformerConfig, wide
-from mae_jax.models import blocks, gradients, losses, mae, masking, patches
+from mae_jax.models import blocks, gradients, mae, masking, patches
 from mae_jax.port.compare import Comparison
 from mae_jax.train import classification, mixing, optimizers
 from parity import forward, training, transfer
@@ -62,10 +62,10 @@ def replace(patch: Patch, original: object, planted: object) -> None:
 
 def biased_variance(patch: Patch) -> None:
     def planted(cut):
-        deviation = jnp.sqrt(cut.var(axis=-1, keepdims=True) + losses.TARGET_EPS)
+        deviation = jnp.sqrt(cut.var(axis=-1, keepdims=True) + mae.TARGET_EPS)
         return (cut - cut.mean(axis=-1, keepdims=True)) / deviation
 
-    replace(patch, losses.normalise_patches, planted)
+    replace(patch, mae.normalise_patches, planted)
 
 
 def tanh_gelu(patch: Patch) -> None:
@@ -83,7 +83,7 @@ def swapped_halves(patch: Patch) -> None:
 
 def other_frequencies(patch: Patch) -> None:
     planted = lambda coordinates, count: np.outer(coordinates, 10000.0 ** -np.linspace(0, 1, count))  # noqa: E731
-    patch.setattr(positions, "_angles", planted)
+    patch.setattr(patches, "_angles", planted)
 
 
 # --- 5 and 6: noise and masks ------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def loss_of_all_patches(patch: Patch) -> None:
 
     def planted(self, images, noise):
         out = compute(self, images, noise)
-        return out._replace(loss=losses.patch_errors(out.pred, out.target).mean())
+        return out._replace(loss=mae.patch_errors(out.pred, out.target).mean())
 
     patch.setattr(mae.MaskedAutoencoder, "__call__", planted)
 
@@ -259,7 +259,7 @@ def low_loss(patch: Patch) -> None:
         out = compute(self, images, noise)
         if self.config.dtype != "bfloat16":
             return out
-        errors = losses.patch_errors(out.pred.astype("bfloat16"), out.target.astype("bfloat16"))
+        errors = mae.patch_errors(out.pred.astype("bfloat16"), out.target.astype("bfloat16"))
         return out._replace(loss=errors.mean().astype("float32"))
 
     patch.setattr(mae.MaskedAutoencoder, "__call__", planted)

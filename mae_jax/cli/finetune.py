@@ -37,7 +37,6 @@ def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], Fi
     config = plain(flags, FinetuneConfig)
     process.settle(config.model, config.batch_size // config.accumulate)
     prepare_jax(config.model.dtype, hosts_may_join=True)
-    from mae_jax.cli.signals import stop_on_signals
     from mae_jax.data.images.decode import prepare_decoder
     from mae_jax.hosts import joined
     from mae_jax.runs.finetune import EVALUATED, evaluate, finetune
@@ -46,7 +45,7 @@ def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], Fi
     prepare_decoder()
     with joined(config) as hosts:
         if not flags.eval_only:
-            with stop_on_signals(hosts.count > 1) as stop:
+            with process.stop_on_signals(hosts.count > 1) as stop:
                 finished = finetune(config, hosts, stop)
             return end_run(finished, args, prog)
         outcomes = evaluate(config, hosts)

@@ -14,13 +14,12 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     config = read_flags(args, prog, PretrainConfig, PRESETS)
     process.settle(config.model, config.batch_size // config.accumulate)
     prepare_jax(config.model.dtype, hosts_may_join=True)
-    from mae_jax.cli.signals import stop_on_signals
     from mae_jax.data.images.decode import prepare_decoder
     from mae_jax.hosts import joined
     from mae_jax.runs.pretrain import pretrain
 
     process.keep_programs()
     prepare_decoder()
-    with joined(config) as hosts, stop_on_signals(hosts.count > 1) as stop:
+    with joined(config) as hosts, process.stop_on_signals(hosts.count > 1) as stop:
         finished = pretrain(config, hosts, stop)
     return end_run(finished, args, prog)

@@ -19,8 +19,7 @@ from mae_jax.data.evaluation import load_images, load_samples
 from mae_jax.data.sources.source import open_source
 from mae_jax.errors import StatedError
 from mae_jax.models import Params
-from mae_jax.models.losses import from_coefficients, patch_statistics
-from mae_jax.models.mae import MaskedAutoencoder, Output
+from mae_jax.models.mae import MaskedAutoencoder, Output, from_coefficients, patch_statistics
 from mae_jax.models.masking import Noise
 from mae_jax.models.patches import patchify, unpatchify
 from mae_jax.storage.checkpoints import load_params

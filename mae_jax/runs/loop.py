@@ -170,10 +170,11 @@ class Loop:
                     self._log(step)
                 if step % config.save_every == 0 or last:
                     self._save(step, state)
-                stopped = self.stop.imminent
-                if not stopped:
-                    with self.window.paused():
-                        self.callback.after(run, step, state, last)
+                if self.stop.imminent:
+                    stopped = True
+                    break
+                with self.window.paused():
+                    self.callback.after(run, step, state, last)
             if stopped:
                 if self.window.steps:
                     self._log(step)

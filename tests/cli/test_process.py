@@ -155,7 +155,7 @@ from mae_jax.cli import process
 
 config = bench_config(sys.argv[1], int(sys.argv[2]), "float32", sys.argv[3] == "True")
 model = config.model
-encoder, decoder = (dataclasses.replace(stack, depth=1) for stack in (model.encoder, model.decoder))
+encoder, decoder = dataclasses.replace(model.encoder, depth=1), dataclasses.replace(model.decoder, depth=2)
 config = dataclasses.replace(config, model=dataclasses.replace(model, encoder=encoder, decoder=decoder))
 process.settle(config.model, config.batch_size)
 from mae_jax.bench.step import ready_step

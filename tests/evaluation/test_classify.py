@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from mae_jax.config import FinetuneConfig
+from mae_jax.data.evaluation import evaluation_batches
 from mae_jax.data.images.decode import BrokenImage
 from mae_jax.data.sources.source import open_source
 from mae_jax.data.sources.split import Subset
@@ -130,3 +132,22 @@ def test_pictures(params):
     first = int(found.image[found.loss[0].argmax()])
     shown = np.asarray(source.load(first)).repeat(12, 0).repeat(12, 1)
     np.testing.assert_array_equal(worst[6 : 6 + 96, 6 : 6 + 96, 0], shown)
+
+
+def test_the_axes_of_a_confusion_matrix(monkeypatch):
+    figures = []
+    monkeypatch.setattr(classify, "Figure", lambda **how: figures.append(Figure(**how)) or figures[-1])
+    draw_confusion(np.eye(3, dtype=np.int64), ("a", "b", "c"), "title")
+    (axes,) = figures[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+
+
+@pytest.mark.parametrize("asked", [None, 0, 3])
+def test_images_are_read_by_as_many_workers_as_the_runs(params, monkeypatch, asked):
+    def batches(*args, workers, **others):
+        assert workers == asked
+        return evaluation_batches(*args, workers=0, **others)
+
+    monkeypatch.setattr(classify, "evaluation_batches", batches)
+    source = Subset(open_source("digits", 1), range(20))
+    assert evaluated(params, source, dataclasses.replace(CONFIG, workers=asked)).left_out == 0

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.models.losses import normalise_patches, patch_errors, patch_statistics
+from mae_jax.models.mae import normalise_patches, patch_errors, patch_statistics
 
 
 def patches(*shape, seed=0):

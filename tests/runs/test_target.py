@@ -11,8 +11,7 @@ from sklearn.decomposition import PCA
 
 from mae_jax.data.sources.source import open_source
 from mae_jax.data.stream import training_batches
-from mae_jax.models.losses import from_coefficients, principal_coefficients
-from mae_jax.models.mae import MaskedAutoencoder
+from mae_jax.models.mae import MaskedAutoencoder, from_coefficients, principal_coefficients
 from mae_jax.models.patches import patchify
 from mae_jax.runs import target as pca
 from mae_jax.runs.initial import start_from
