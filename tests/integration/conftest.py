@@ -1,6 +1,8 @@
-"""The real command line in a process of its own, as a user runs it."""
+"""The real command line in a process of its own, as a user runs it; what it refuses at once, in this one."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +11,10 @@ from types import MappingProxyType
 
 import pytest
 
+from mae_jax.cli import process
+from mae_jax.cli.__main__ import main
+from mae_jax.cli.signals import SIGNALS
+from mae_jax.data.images import decode
 from tests.quick import as_users_compile, quick
 
 from . import preloaded
@@ -78,10 +84,37 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Run `mae-jax ARGS` to its end, with the settings of `start`, in a process that need not import its libraries."""
     kept = kept_programs(tmp_path_factory)
     preloaded.start_server(quick(1) | kept)
-    folder = tmp_path_factory.mktemp("said")
+    folder = tmp_path_factory.mktemp("output")
 
     def call(*args: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
         environment = os.environ | quick(devices) | kept | {"COLUMNS": "200"}
         return preloaded.run([str(word) for word in args], environment, folder)
+
+    return call
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `mae-jax ARGS` in this process, for what is refused before anything is compiled.
+
+    What the command line sets for its own process is left out, and its handlers of signals are undone.
+    """
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(process, "settle", lambda *_: None)
+    monkeypatch.setattr(process, "keep_programs", lambda: None)
+    monkeypatch.setattr(decode, "prepare_decoder", lambda: None)
+
+    def call(*args: object) -> subprocess.CompletedProcess[str]:
+        words = [str(word) for word in args]
+        with contextlib.ExitStack() as stack:
+            for number in SIGNALS:
+                stack.callback(signal.signal, number, signal.getsignal(number))
+            try:
+                code: int | str | None = main(words)
+            except SystemExit as ended:
+                code = ended.code
+        assert isinstance(code, int)
+        out, errors = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, out, errors)
 
     return call

@@ -54,8 +54,10 @@ def test_same_command_continues_and_changes_nothing(run: Run, trained: Path) -> 
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_configuration_is_refused(run: Run, trained: Path) -> None:
-    done = run("pretrain", "digits", *TINY, "--steps=12", "--model.encoder.depth=3", "--seed=5", f"--workdir={trained}")
+def test_another_configuration_is_refused(refuse: Run, trained: Path) -> None:
+    done = refuse(
+        "pretrain", "digits", *TINY, "--steps=12", "--model.encoder.depth=3", "--seed=5", f"--workdir={trained}"
+    )
     assert done.returncode == 1
     assert "was started with model.encoder.depth 2, not 3, seed 0, not 5." in done.stderr
     assert "Traceback" not in done.stderr
@@ -137,25 +139,25 @@ def test_a_relative_folder_is_found_from_anywhere(run: Run, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["pretrain", "digits", "--model.mask-ratio=1.5"], 2, "mask_ratio 1.5 keeps none of the 16 patches"),
-        (["pretrain", "digits", "--model.encoder.width=65"], 2, "width 65 is not divisible by heads 4"),
+        (["pretrain", "digits", "--model.mask-ratio=1.5"], 2, "mask_ratio 1.5"),
+        (["pretrain", "digits", "--model.encoder.width=65"], 2, "width 65"),
         (["pretrain", "digits", "--stepz", "3"], 2, "Perhaps you meant: --steps"),
         (["pretrain", "nothing"], 2, "digits"),
         (["pretrain", "digits", "--data=folder:/nowhere/at/all"], 1, "/nowhere/at/all"),
         (["pretrain", "digits", "--data=cloud"], 1, "cloud"),
-        (["pretrain", "digits", "--devices=3"], 1, "devices 3 asked for, this host has 1"),
+        (["pretrain", "digits", "--devices=9"], 1, "devices 9"),
         (["pretrain", "digits", "--workdir=/proc/nothing"], 1, "/proc/nothing"),
-        (["reconstruct", "/nowhere"], 1, "/nowhere is neither a run with a checkpoint nor a checkpoint"),
-        (["knn", "/nowhere"], 1, "/nowhere does not exist"),
+        (["reconstruct", "/nowhere"], 1, "/nowhere"),
+        (["knn", "/nowhere"], 1, "/nowhere"),
         (["nonsense"], 2, "nonsense"),
         ([], 2, "COMMAND"),
     ],
 )
-def test_bad_input_gets_a_sentence(run: Run, arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+def test_bad_input_gets_a_sentence(refuse: Run, arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
     extra = (
         [f"--workdir={tmp_path}/run"] if arguments[:1] == ["pretrain"] and "workdir" not in "".join(arguments) else []
     )
-    done = run(*arguments, *extra)
+    done = refuse(*arguments, *extra)
     assert done.returncode == code
     assert words in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
