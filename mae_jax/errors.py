@@ -40,7 +40,7 @@ class _Short(reprlib.Repr):
         self.maxlevel, self.maxstring, self.maxlong = 3, 80, 40
 
     def repr_int(self, x: int, level: int) -> str:
-        """Python converts no integer of more than 4,300 digits."""
+        """Return an integer, or its size where Python would refuse to convert it (over 4,300 digits)."""
         return super().repr_int(x, level) if x.bit_length() < 10_000 else f"an integer of {x.bit_length()} bits"
 
     def repr_instance(self, x: Any, level: int) -> str:

@@ -60,7 +60,7 @@ class Hosts:
 
     @property
     def first(self) -> bool:
-        """Whether this host writes what one alone writes."""
+        """Return whether this host writes what one alone writes."""
         return self.index == 0
 
     def gather(self, topic: str, text: str) -> list[str]:

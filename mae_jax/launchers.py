@@ -78,7 +78,7 @@ class Joining:
 
     @property
     def name(self) -> str:
-        """Which of the hosts this one is, as far as it is known."""
+        """Name this host among the others, as far as that is known."""
         return "this host" if self.process_id is None else f"host {self.process_id} of {self.num_processes}"
 
 

@@ -101,13 +101,13 @@ def pretrain_torch(config: PretrainConfig, folder: Path) -> None:
             losses.append(loss.item())
             if step % 50 == 49:
                 print(f"torch: step {step + 1}/{length.steps}  loss {losses[-1]:.4f}", flush=True)
-    said = {
+    arguments = {
         "encoder_heads": config.model.encoder.heads,
         "decoder_heads": config.model.decoder.heads,
         "image_mean": list(config.augment.mean),
         "image_std": list(config.augment.std),
     }
-    torch.save({"model": model.state_dict(), "args": said}, folder / "torch.pth")
+    torch.save({"model": model.state_dict(), "args": arguments}, folder / "torch.pth")
     (folder / "losses.json").write_text(json.dumps(losses))
 
 

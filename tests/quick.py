@@ -2,7 +2,7 @@
 
 JAX reads them from the environment, which the processes that a test starts inherit. As users compile, which is with
 every optimisation: the parity command (test_parity.py), the probe of digits (integration/test_digits.py), the programs
-of train/test_cpu.py and train/test_compiled.py.
+of cli/test_process.py.
 """
 
 import os

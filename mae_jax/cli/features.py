@@ -33,7 +33,7 @@ def features(
       split: train or val.
       pooling: The mean of the patches' tokens, or the class token.
       block: As they leave this block, counted from 0 or back from -1; by default after the last LayerNorm.
-      encoder_heads: Attention heads, where a PyTorch checkpoint does not tell them.
+      encoder_heads: Attention heads, of a PyTorch checkpoint, where its width is of no published model.
       batch_size: Images at a time, spread over the devices of this host.
       workers: Processes that read images; by default threads of this one.
     """

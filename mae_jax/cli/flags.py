@@ -74,7 +74,7 @@ def plain(flags: object, kind: "type[Config]") -> "Config":
 
 
 def _unalias(args: Sequence[str]) -> list[str]:
-    """Short flags to the long ones that they stand for, with and without `=`."""
+    """Replace short flags by the long ones that they stand for, with and without `=`."""
     split = [arg.partition("=") for arg in args]
     return [ALIASES.get(flag, flag) + equals + value for flag, equals, value in split]
 

@@ -33,7 +33,7 @@ def knn(
       k: Neighbours; 200 is the Lightly benchmark's setting.
       temperature: Of the vote, exp(similarity / temperature); None counts each neighbour once.
       pooling: The mean of the patches' tokens, or the class token; a file of features has its own.
-      encoder_heads: Attention heads, where a PyTorch checkpoint does not tell them.
+      encoder_heads: Attention heads, of a PyTorch checkpoint, where its width is of no published model.
     """
     if source.endswith(".npz"):
         if data is not None:

@@ -11,6 +11,8 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     from mae_jax.config import PretrainConfig
     from mae_jax.presets.pretraining import PRESETS
 
+    # In this order: malloc and XLA's flags before JAX is imported, float64 before its first array, the cache before
+    # anything is compiled.
     config = read_flags(args, prog, PretrainConfig, PRESETS)
     process.settle(config.model, config.batch_size // config.accumulate)
     prepare_jax(config.model.dtype, hosts_may_join=True)

@@ -127,7 +127,7 @@ class PretrainConfig(RunConfig, PretrainOperation):
     kind: ClassVar[Literal["pretraining"]] = "pretraining"
     operation: ClassVar[type[OperationConfig]] = PretrainOperation
 
-    workdir: str = PretrainOperation.workdir
+    workdir: str = PretrainOperation.workdir  # once more: RunConfig's default comes first in the order of bases
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,8 +38,6 @@ def _values(hints: Hints) -> tuple[object, ...]:
 _ENCODER_HEADS = {model.encoder.width: model.encoder.heads for model in MODELS.values()}
 _DECODER_HEADS = {model.decoder.width: model.decoder.heads for model in MODELS.values()}
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 def infer_config(tensors: Mapping[str, np.ndarray], hints: Hints, dtype: Dtype) -> Config:
     """Infer the configuration of tensors that carry the authors' names; the decoder is the paper's where none is.

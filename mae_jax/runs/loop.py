@@ -175,7 +175,7 @@ class Loop:
                     break
                 with self.window.paused():
                     self.callback.after(run, step, state, last)
-            if stopped:
+            if stopped:  # after a step that was saved just now this saves nothing more
                 if self.window.steps:
                     self._log(step)
                 self._save(step, state)
@@ -226,6 +226,7 @@ class Loop:
 
     def _fail(self, step: int, reason: str) -> NoReturn:
         """End the run, which the parameters that went into `step` have ruined: their checkpoint is no good."""
+        # Checkpoint step - 1 holds the parameters that went into this step.
         checkpoints = self.run.checkpoints
         checkpoints.move_aside([saved for saved in checkpoints.steps() if saved >= step - 1])
         steps = checkpoints.steps()
@@ -259,7 +260,7 @@ class BrokenFiles:
 
     @property
     def count(self) -> int:
-        """Distinct files so far."""
+        """Count the distinct files so far."""
         return len(self._reasons)
 
     def update(self, broken: np.ndarray) -> None:

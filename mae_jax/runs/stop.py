@@ -41,7 +41,7 @@ class StopRequest:
 
     @property
     def imminent(self) -> bool:
-        """Whether the run stops after the step under way for sure; of several hosts none knows before all are asked."""
+        """Return whether the run stops after the step under way for sure: several hosts must agree on it first."""
         return self.signal is not None and not self._several
 
     def after(self, step: int) -> bool:

@@ -388,10 +388,10 @@ def save_params(path: Path, config: Run, params: Params) -> None:
 def load_params(
     run_or_checkpoint: str | Path, part: Literal["all", "encoder"] = "encoder"
 ) -> tuple[PretrainConfig, Params, int]:
-    """Load configuration, parameters (their running average where the run keeps one) and step of a pretraining
-    checkpoint.
+    """Load configuration, parameters and step of a pretraining checkpoint.
 
-    The optimizer's state is not read. A checkpoint that was ported may hold the encoder alone; its step is 0.
+    Parameters are their running average where the run keeps one. The optimizer's state is not read. A checkpoint that
+    was ported may hold the encoder alone; its step is 0.
 
     Raises:
       StatedError: there is no checkpoint, it cannot be read, it is a classifier's, or it has no decoder and `part`

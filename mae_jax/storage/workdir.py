@@ -196,8 +196,7 @@ def _started(workdir: Path) -> tuple[Run | None, int | None]:
 
 
 def claim(config: Run, examples: int | None = None, report: Callable[[str], None] = print) -> Path:
-    """Make the run's folder, or go on in it if it was started with the same configuration on as many examples
-    (where their number is given).
+    """Make the run's folder, or go on in it if it was started with the same configuration on as many examples.
 
     A configuration binds from the first row or checkpoint on: one that failed before is replaced, after a word to
     `report`.
@@ -253,7 +252,8 @@ def claimed(
 ) -> Iterator[tuple[Path, Hold | None]]:
     """Hold the run's folder and `claim` it, by the first host; the others must see what it wrote.
 
-    Gives the folder, and to the first host what holds it.
+    In this order: lock the folder, read what was started there, compare, write config.json, let the other hosts look
+    for a file of this start. Gives the folder, and to the first host what holds it.
 
     Raises:
       StatedError: as `claim`; another process holds it; or the folder is not the same on all hosts.

@@ -110,24 +110,24 @@ def make_step(config: Run, *, steps_per_epoch: float, epochs: float, axis_name: 
       losses and gradients are averaged, where the step is one device's.
     """
     objective = make_objective(config, axis_name)
-    direction = objective.direction(config.optim)
+    optimizer = objective.direction(config.optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Gradients are taken of the trained parameters alone; frozen ones have none, and no place in the optimizer.
-        trained = select(state.params, objective.trained)
+        trainable = select(state.params, objective.trained)
 
-        def loss_of(trained: Params, inputs: Any) -> tuple[Float[Array, ""], Params]:
-            return objective.loss(merge(state.params, trained), inputs)
+        def loss_of(trainable: Params, inputs: Any) -> tuple[Float[Array, ""], Params]:
+            return objective.loss(merge(state.params, trainable), inputs)
 
         def gradient_of(part: Batch) -> Any:
-            # Bytes become numbers part by part: the whole batch would take four times its memory.
-            pixels = jnp.asarray(part.images)
+            pixels = part.images
             if part.crops is not None:
                 from mae_jax.train.crops import crop_images  # noqa: PLC0415 - few runs cut crops on the device
 
                 pixels = crop_images(pixels, part.crops, config.model.image_hw)
-            inputs = objective.inputs(part, pixels, state.step)
-            return jax.value_and_grad(loss_of, has_aux=True)(trained, inputs)
+            # Bytes become numbers part by part: the whole batch would take four times its memory.
+            inputs = objective.inputs(part, jnp.asarray(pixels), state.step)
+            return jax.value_and_grad(loss_of, has_aux=True)(trainable, inputs)
 
         # Loss and gradient, averaged over the parts of the batch and then over the devices.
         arrays = jax.tree.map(jnp.asarray, batch)
@@ -138,11 +138,11 @@ def make_step(config: Run, *, steps_per_epoch: float, epochs: float, axis_name: 
         # The update of the trained parameters; what the loss replaced goes into the others.
         epoch = state.step.astype(wide(config.model.dtype)) / steps_per_epoch
         rate = learning_rate(epoch, config.optim, batch_size=config.batch_size, epochs=epochs)
-        updates, optimizer = direction.update(grads, state.optimizer, trained)
-        if (rates := objective.rates(trained)) is not None:
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, trainable)
+        if (rates := objective.rates(trainable)) is not None:
             updates = jax.tree.map(jnp.multiply, updates, rates)
-        trained = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, trained, updates)
-        params = merge(state.params, trained) | replaced
+        trainable = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, trainable, updates)
+        params = merge(state.params, trainable) | replaced
 
         # The running average follows the trained parameters; the others are as they are.
         average = state.average
@@ -150,7 +150,7 @@ def make_step(config: Run, *, steps_per_epoch: float, epochs: float, axis_name: 
             averaged = optax.incremental_update(params, average, step_size=1 - config.optim.ema_decay)
             average = merge(params, select(averaged, objective.trained))
         metrics = Metrics(loss=loss, grad_norm=optax.tree.norm(grads), learning_rate=rate)
-        return TrainState(state.step + 1, params, optimizer, average), metrics
+        return TrainState(state.step + 1, params, optimizer_state, average), metrics
 
     return step
 

@@ -64,7 +64,7 @@ class Picture(Protocol):
 
     @property
     def size_hw(self) -> tuple[int, int]:
-        """Height and width of the whole."""
+        """Return height and width of the whole."""
 
     def image(self) -> Image.Image:
         """Return the whole in its own size."""

@@ -39,7 +39,7 @@ class Storage:
 
     @property
     def folder(self) -> Path:
-        """The folder's path, where it is on this disk."""
+        """Return the folder's path, where it is on this disk."""
         return Path(self._folder)
 
     def within(self, folder: str) -> "Storage":
