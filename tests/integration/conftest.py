@@ -93,6 +93,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return call
 
 
+@pytest.fixture(scope="session")
+def trained(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 12 steps; tests leave it as it is."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    done = run("pretrain", "digits", *TINY, "--steps=12", "--reconstruct-every=6", f"--workdir={workdir}")
+    assert (done.returncode, done.stderr) == (0, "")
+    return workdir
+
+
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `mae-jax ARGS` in this process, for what is refused before anything is compiled.
