@@ -128,7 +128,7 @@ def compare(precision: str, cases: list[Case], quick: bool) -> int:
 
 
 def main() -> int:
-    """Each precision in a process of its own: JAX's default dtype is chosen once."""
+    """Each precision in a process of its own: JAX's default dtype is set once."""
     arguments = tyro.cli(Arguments)
     cases = QUICK if arguments.quick else list(all_cases())
     if arguments.precision != "both":

@@ -35,7 +35,7 @@ def port(
       destination: The file or folder to write.
       to: The library that is to read it.
       part: encoder leaves the decoder out; by default all that the source has.
-      encoder_heads: Attention heads, where nothing tells them (a run of this project does).
+      encoder_heads: Attention heads, where they are not known (those of a run are).
       decoder_heads: The decoder's.
       image_size: Of images to come: sin-cos positions are recomputed, learned ones resized.
       source_image_size: What the source's positions were made for, where it is not a square.

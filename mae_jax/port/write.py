@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -234,8 +235,21 @@ def _write_jax(weights: Weights, path: Path, params: Params) -> None:
     augment = AugmentConfig(mean=weights.mean, std=weights.std)
     try:
         save_params(path, PretrainConfig(model=weights.config, augment=augment), params)
-    except ValueError as error:  # Orbax's, for what the operating system refuses
-        raise OSError(str(error)) from error
+    except BaseException as error:
+        _remove_until_gone(path)
+        if isinstance(error, ValueError):  # Orbax's, for what the operating system refuses
+            raise OSError(str(error)) from error
+        raise
+
+
+def _remove_until_gone(path: Path) -> None:
+    """Remove what a failed save left: threads of TensorStore go on for a moment, and make its folders anew."""
+    last_seen = start = time.monotonic()
+    while time.monotonic() - last_seen < 0.5 and time.monotonic() - start < 10:
+        for left in path.parent.glob(f"{path.name}*"):
+            shutil.rmtree(left, ignore_errors=True)
+            last_seen = time.monotonic()
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

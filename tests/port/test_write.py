@@ -2,6 +2,8 @@
 
 import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ from tests.refusals import refused
 
 from .conftest import TINY, draw_params
 
-NAMES = {"fair": "a.pth", "timm": "a.safetensors", "huggingface": "hf", "jax": "run"}
+NAMES = {"fair": "a.pth", "timm": "a.safetensors", "huggingface": "hf"}
 
 
 @pytest.fixture
@@ -41,6 +43,32 @@ def test_a_disk_without_room_is_named(tmp_path, monkeypatch, layout):
     words = f"{tmp_path / NAMES[layout]} cannot be written: it takes 0.", "its disk has room for 0.0 MiB. Make room"
     with refused("destination", *words):
         mae_jax.save_torch(draw_params(TINY), TINY, tmp_path / NAMES[layout], layout=layout)
+
+
+WITHOUT_ROOM = """
+import resource, shutil, sys
+from pathlib import Path
+import mae_jax
+from tests.port.conftest import TINY, draw_params
+if sys.argv[2] == "without room":
+    used = shutil.disk_usage(sys.argv[1])
+    shutil.disk_usage = lambda path: used._replace(free=0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    mae_jax.save_torch(draw_params(TINY), TINY, Path(sys.argv[1]) / "run", layout="jax")
+except mae_jax.StatedError as error:
+    print(f"{error.field}: {error}")
+"""
+
+
+@pytest.mark.parametrize(("disk", "words"), [("with room", "run"), ("without room", "room for 0.0 MiB. Make room")])
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, disk, words):
+    """In a process of its own: threads of Orbax end after the failure, and complain."""
+    command = [sys.executable, "-c", WITHOUT_ROOM, str(tmp_path), disk]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout.startswith(f"destination: {tmp_path / 'run'} cannot be written: "), done.stderr
+    assert words in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
