@@ -10,10 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
-from mae_jax.cli.signals import SIGNALS
 
 from mae_jax.cli import process
 from mae_jax.cli.__main__ import main
+from mae_jax.cli.process import SIGNALS
 from mae_jax.data.images import decode
 from tests.quick import as_users_compile, quick
 
@@ -91,6 +91,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return preloaded.run([str(word) for word in args], environment, folder)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def trained(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 12 steps; tests leave it as it is."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    done = run("pretrain", "digits", *TINY, "--steps=12", "--reconstruct-every=6", f"--workdir={workdir}")
+    assert (done.returncode, done.stderr) == (0, "")
+    return workdir
 
 
 @pytest.fixture

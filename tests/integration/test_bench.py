@@ -88,17 +88,18 @@ def test_the_recipe_imports_no_framework() -> None:
 
 
 @pytest.mark.slow
-def test_sides_in_turn_with_and_without_mask_tokens(tmp_path_factory: pytest.TempPathFactory) -> None:
-    words = ["--model=digits", "--batch=8", "--against=torch", "--rounds=2", "--steps=2", "--mask-tokens=both"]
+def test_sides_in_turn(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("torch")
+    words = ["--model=digits", "--batch=8", "--against=torch", "--rounds=2", "--steps=2", "--mask-tokens=encoder"]
     done = bench_step(tmp_path_factory, *words, "--json")
     assert done.returncode == 0, done.stderr
-    with_tokens, without = map(json.loads, done.stdout.splitlines())
-    assert [row["side"] for row in with_tokens + without] == ["jax", "torch"] * 2
-    assert [row["mask_tokens"] for row in with_tokens + without] == [True, True, False, False]
-    assert with_tokens[0]["tflops_per_second"] * with_tokens[0]["milliseconds"] > 1.4 * (
-        without[0]["tflops_per_second"] * without[0]["milliseconds"]
-    )
-    assert without[1]["ratio_first_over_this"] > 0
+    rows = json.loads(done.stdout)
+    assert [(row["side"], row["mask_tokens"], row["in_turn"]) for row in rows] == [
+        ("jax", True, True),
+        ("torch", True, True),
+    ]
+    assert rows[0]["ratio_first_over_this"] == 1
+    assert rows[1]["ratio_first_over_this"] > 0
 
 
 def test_a_side_that_fails_leaves_a_row_for_each_batch(tmp_path_factory: pytest.TempPathFactory) -> None:

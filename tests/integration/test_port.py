@@ -25,14 +25,6 @@ from .conftest import ROOT, TINY, Run
 GOLDEN = ROOT / "tests" / "golden" / "fair_tiny" / "checkpoint.pth"
 
 
-@pytest.fixture(scope="module")
-def trained(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    done = run("pretrain", "digits", *TINY, "--steps=3", f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
-    return workdir
-
-
 def test_a_run_goes_to_hugging_face_and_back(run: Run, trained: Path, tmp_path: Path) -> None:
     done = run("port", trained, tmp_path / "hf", "--to=huggingface")
     assert (done.returncode, done.stderr) == (0, "")

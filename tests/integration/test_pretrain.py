@@ -22,14 +22,6 @@ def rows(workdir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def trained(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    done = run("pretrain", "digits", *TINY, "--steps=12", "--reconstruct-every=6", f"--workdir={workdir}")
-    assert (done.returncode, done.stderr) == (0, "")
-    return workdir
-
-
 def test_rows_have_the_agreed_keys(trained: Path) -> None:
     found = rows(trained)
     assert [row["step"] for row in found] == list(range(1, 13))

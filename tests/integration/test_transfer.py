@@ -17,7 +17,7 @@ from mae_jax.runs.initial import adopted
 from mae_jax.storage.checkpoints import load_classifier
 from mae_jax.storage.workdir import read_record
 
-from .conftest import TINY, Run, Start
+from .conftest import Run, Start
 
 FAST = ["--batch-size=64", "--log-every=1", "--save-every=100", "--workers=0"]
 FINETUNE = [*FAST, "--steps=9", "--optim.warmup-epochs=0.1", "--evaluate-every=0.2"]
@@ -28,17 +28,9 @@ def rows(workdir: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def encoder(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("transfer") / "pretrained"
-    done = run("pretrain", "digits", *TINY, "--steps=4", f"--workdir={workdir}")
-    assert (done.returncode, done.stderr) == (0, "")
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def finetuned(run: Run, encoder: Path) -> Path:
-    workdir = encoder.parent / "finetuned"
-    done = run("finetune", "digits", f"--init={encoder}", *FINETUNE, f"--workdir={workdir}")
+def finetuned(run: Run, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("transfer") / "finetuned"
+    done = run("finetune", "digits", f"--init={trained}", *FINETUNE, f"--workdir={workdir}")
     assert (done.returncode, done.stderr) == (0, "")
     assert "the head is new" in done.stdout
     assert "evaluating on 360 other images" in done.stdout
@@ -56,19 +48,21 @@ def test_what_a_run_leaves(finetuned: Path) -> None:
     assert all((finetuned / name).stat().st_size > 1000 for name in ("confusion.png", "worst.png"))
 
 
-def test_the_encoder_is_the_runs(encoder: Path, finetuned: Path) -> None:
+def test_the_encoder_is_the_runs(trained: Path, finetuned: Path) -> None:
     """Its sizes are taken over, and so is how images are normalised."""
     config = load_classifier(finetuned)[0]
-    before = read_record(next((encoder / "checkpoints").iterdir())).config
+    before = read_record(next((trained / "checkpoints").iterdir())).config
     assert config.model.encoder == before.model.encoder
     assert config.augment.mean == before.augment.mean
     assert config.classes == 10
 
 
 @pytest.mark.slow
-def test_stopped_and_continued_is_never_stopped(start: Start, run: Run, encoder: Path, finetuned: Path) -> None:
-    workdir = encoder.parent / "stopped"
-    command = ["finetune", "digits", f"--init={encoder}", *FINETUNE, f"--workdir={workdir}"]
+def test_stopped_and_continued_is_never_stopped(
+    start: Start, run: Run, trained: Path, finetuned: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "stopped"
+    command = ["finetune", "digits", f"--init={trained}", *FINETUNE, f"--workdir={workdir}"]
     process = start(*command)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
@@ -110,10 +104,10 @@ def test_carried_to_pytorch_and_evaluated_from_there(run: Run, finetuned: Path, 
 
 
 @pytest.mark.slow
-def test_probes_of_several_rates_at_once(run: Run, encoder: Path, tmp_path: Path) -> None:
+def test_probes_of_several_rates_at_once(run: Run, trained: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "probe"
     sweep = ["--sweep", 1.0, 30.0]
-    done = run("probe", "digits", f"--init={encoder}", *FAST, "--steps=6", *sweep, f"--workdir={workdir}")
+    done = run("probe", "digits", f"--init={trained}", *FAST, "--steps=6", *sweep, f"--workdir={workdir}")
     assert (done.returncode, done.stderr) == (0, "")
     last = rows(workdir)[-1]
     assert last["top1"] == max(last["top1_at_1"], last["top1_at_30"])
@@ -142,13 +136,13 @@ def test_the_default_of_init_may_be_written_out() -> None:
     [
         (["finetune", "digits", "--eval-only"], "init", 1),
         (["finetune", "digits", "--eval-only", "--init", "None"], "init", 1),
-        (["finetune", "digits", "--eval-only", "--init={encoder}"], "no head", 1),
+        (["finetune", "digits", "--eval-only", "--init={trained}"], "no head", 1),
         (["finetune", "digits", "--init=/nowhere"], "/nowhere", 1),
-        (["finetune", "digits", "--init={encoder}", "--model.encoder.heads=8"], "4 encoder heads", 1),
-        (["finetune", "digits", "--init={encoder}", "--last-blocks=3"], "last_blocks 3", 2),
+        (["finetune", "digits", "--init={trained}", "--model.encoder.heads=8"], "4 encoder heads", 1),
+        (["finetune", "digits", "--init={trained}", "--last-blocks=3"], "last_blocks 3", 2),
         (["finetune", "digits", "--classes=7"], "classes 7", 1),
         (["finetune", "digits", "--sweep", "1", "2"], "sweep (1.0, 2.0)", 2),
-        (["probe", "digits", "--init={encoder}", "--accumulate=2"], "accumulate 2", 2),
+        (["probe", "digits", "--init={trained}", "--accumulate=2"], "accumulate 2", 2),
         (
             ["finetune", "digits", "--mix.mixup=0.8", "--batch-size=33", "--devices=1"],
             "batch_size 33 is not divisible by 2 x 1",
@@ -157,10 +151,10 @@ def test_the_default_of_init_may_be_written_out() -> None:
         (["pretrain", "digits", "--workdir={finetuned}"], "kind classification", 1),
     ],
 )
-def test_refusals(refuse: Run, finetuned: Path, encoder: Path, arguments: list[str], words: str, code: int) -> None:
-    given = [word.format(encoder=encoder, finetuned=finetuned) for word in arguments]
+def test_refusals(refuse: Run, finetuned: Path, trained: Path, arguments: list[str], words: str, code: int) -> None:
+    given = [word.format(trained=trained, finetuned=finetuned) for word in arguments]
     if not any("workdir" in word for word in given):
-        given.append(f"--workdir={encoder.parent}/refused")
+        given.append(f"--workdir={finetuned.parent}/refused")
     done = refuse(*given)
     assert done.returncode == code, done.stderr
     shown = " ".join(done.stderr.replace("│", " ").split())

@@ -14,7 +14,8 @@ import zipfile
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from mae_jax.models.patches import fixed_positions
 from mae_jax.port.infer_config import Hints
