@@ -59,7 +59,7 @@ class Arguments:
 
 
 def unpacked(images: str, folder: Path) -> Path:
-    """A folder of image files from what was asked for."""
+    """Return a folder of image files from what was asked for."""
     if Path(images).is_dir():
         return Path(images)
     target = folder / "files"
@@ -75,7 +75,7 @@ def unpacked(images: str, folder: Path) -> Path:
 
 
 def synthetic(height: int, width: int, seed: int) -> np.ndarray:
-    """Smooth colours and some noise, uint8 (height, width, 3)."""
+    """Draw smooth colours and some noise, uint8 (height, width, 3)."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -83,14 +83,14 @@ def synthetic(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def prepared(source: Source, spec: str, folder: Path, **changes: Any) -> str:
-    """Records of a source, and their name as a source."""
+    """Write a source as records, and return their name as a source."""
     plan = Plan(spec, "train", len(source), **changes)
     prepare(source, plan, str(folder), 0, lambda count: None)
     return f"records:{folder}"
 
 
 def as_tfds(source: Source, folder: Path) -> str:
-    """The files of a source as a dataset of TFDS, and its name as a source."""
+    """Write the files of a source as a dataset of TFDS, and return its name as a source."""
     import tensorflow_datasets as tfds
 
     class BenchImages(tfds.core.GeneratorBasedBuilder):
@@ -160,7 +160,7 @@ class Labelled(Tiled):
 
 
 def ours(spec: str, config: PretrainConfig) -> Callable[[], int]:
-    """One pass over a source; gives the number of crops."""
+    """Return a function that passes over a source once, and returns the number of crops."""
     source = Tiled(open_source(spec, 3))
     steps = math.ceil(source.images * config.repeats / config.batch_size)
 
@@ -172,7 +172,7 @@ def ours(spec: str, config: PretrainConfig) -> Callable[[], int]:
 
 
 def torchvision_views(folder: Path) -> Callable[[], list[np.ndarray]]:
-    """One pass of torchvision's transforms over the files, in the order and with the crops of this pipeline."""
+    """Return a function that puts the files through torchvision once, in the order and with the crops of this pipeline."""
     import torch
 
     # torchvision's wheel wants its own operators, which a CPU build of torch may not load; declared, they will do.
@@ -204,26 +204,27 @@ def torchvision_views(folder: Path) -> Callable[[], list[np.ndarray]]:
 
 
 def order(source: Tiled) -> list[int]:
-    """The images of the first epoch's beginning, as many as there are files, in the order of the stream."""
+    """Return the images of the first epoch's beginning, as many as there are files, in the order of the stream."""
     config = replace(CONFIG, crops="device", canvas_size=1)
     with training_batches(Labelled(source), config, stop_step=math.ceil(source.images / config.batch_size)) as batches:
         return [int(index) for batch in batches for index in batch["label"]][: source.images]
 
 
 def rate(run: Callable[[], Any], images: int) -> float:
+    """Return images for each second of a core."""
     began = time.process_time()
     run()
     return images / (time.process_time() - began)
 
 
 def crops(source: Source, config: PretrainConfig, count: int) -> list[np.ndarray]:
-    """The first crops of the stream."""
+    """Return the first crops of the stream."""
     with training_batches(Tiled(source), config, stop_step=count // config.batch_size) as batches:
         return [image for batch in batches for image in batch["image"]]
 
 
 def errors(source: Source, config: PretrainConfig, expected: list[np.ndarray]) -> tuple[float, float]:
-    """Mean absolute difference in grey levels from (channels, height, width): over all, and of the worst image."""
+    """Return the mean absolute difference in grey levels from (channels, height, width): of all, and of the worst image."""
     found = crops(source, config, len(expected))
     each = [
         np.abs(image.astype(int) - other.transpose(1, 2, 0).astype(int)).mean()
@@ -233,6 +234,7 @@ def errors(source: Source, config: PretrainConfig, expected: list[np.ndarray]) -
 
 
 def bench(arguments: Arguments) -> dict[str, Any]:
+    """Time all sides in turn, and compare their pixels."""
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         folder = unpacked(arguments.images, work)
@@ -290,7 +292,7 @@ def bench(arguments: Arguments) -> dict[str, Any]:
 
 
 def device_crops() -> dict[str, Any]:
-    """Images a second that JAX's first device crops from 256 to 224."""
+    """Time how many images a second JAX's first device crops from 256 to 224."""
     import jax
 
     from mae_jax.train.crops import crop_images
@@ -308,7 +310,7 @@ def device_crops() -> dict[str, Any]:
 
 
 def memory(workers: int) -> list[float]:
-    """Resident MB of this process and its workers after each of 20 epochs of a small folder."""
+    """Measure the resident MB of this process and its workers after each of 20 epochs of a small folder."""
     with tempfile.TemporaryDirectory() as temporary:
         for number in range(400):
             Image.fromarray(synthetic(96, 128, number)).save(f"{temporary}/{number}.jpg")
@@ -323,18 +325,19 @@ def memory(workers: int) -> list[float]:
 
 
 def children() -> list[int]:
-    """The processes that this one's threads have started."""
+    """List the processes that this one's threads have started."""
     lists = Path("/proc/self/task").glob("*/children")
     return [int(pid) for found in lists for pid in found.read_text().split()]
 
 
 def resident(pid: int) -> float:
-    """Megabytes in memory, without what is shared with other processes."""
+    """Return the megabytes that a process has in memory, without what it shares with others."""
     pages, shared = (int(Path(f"/proc/{pid}/statm").read_text().split()[i]) for i in (1, 2))
     return (pages - shared) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main() -> int:
+    """Print the table, or the memory."""
     arguments = tyro.cli(Arguments)
     try:
         if arguments.memory:

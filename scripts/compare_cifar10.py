@@ -1,4 +1,4 @@
-"""Pretrain on CIFAR-10 in JAX and in PyTorch, side by side, and say what each encoder is worth.
+"""Pretrain on CIFAR-10 in JAX and in PyTorch, side by side, and measure what each encoder is worth.
 
     python scripts/compare_cifar10.py --data folder:PATH        # PATH/train/<class>/*.jpg and PATH/val/<class>/*.jpg
 
@@ -34,7 +34,7 @@ class Arguments:
 
 
 def recipe(arguments: Arguments, seed: int) -> PretrainConfig:
-    """cifar10_tiny with patches of 4, a third of its depth and two thirds of its width."""
+    """Return cifar10_tiny with patches of 4, a third of its depth and two thirds of its width."""
     return PretrainConfig(
         model=ModelConfig(
             image_size=32,
@@ -57,7 +57,7 @@ def recipe(arguments: Arguments, seed: int) -> PretrainConfig:
 
 
 def pretrain_torch(config: PretrainConfig, folder: Path) -> None:
-    """The reference on the same batches and noise, from the same weights; writes losses.json and torch.pth."""
+    """Train the reference on the same batches and noise, from the same weights; writes losses.json and torch.pth."""
     import jax
     import numpy as np
     import torch
@@ -112,7 +112,7 @@ def pretrain_torch(config: PretrainConfig, folder: Path) -> None:
 
 
 def score(config: FinetuneConfig) -> float:
-    """Train a classifier, and its top-1 at the end."""
+    """Train a classifier, and return its top-1 at the end."""
     from mae_jax.runs.finetune import finetune
     from mae_jax.runs.log import read_metrics
 
@@ -158,14 +158,14 @@ def transfer(arguments: Arguments, run: PretrainConfig, name: str, init: str | N
 
 
 def neighbours(source: str, data: str) -> list[float]:
-    """20-NN accuracies that `mae-jax knn` prints: of the encoder, and before training."""
+    """Return the 20-NN accuracies that `mae-jax knn` prints: of the encoder, and before training."""
     command = [sys.executable, "-m", "mae_jax.cli", "knn", source, "--data", data]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [float(value) / 100 for value in re.findall(r"([\d.]+)%", printed)]
 
 
 def plot(losses: dict[str, list[float]], out: Path) -> None:
-    """Both curves, the second dotted above the first, and below how far they are apart."""
+    """Draw both curves, the second dotted above the first, and below how far they are apart."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -188,7 +188,7 @@ def plot(losses: dict[str, list[float]], out: Path) -> None:
 
 
 def main(arguments: Arguments) -> None:
-    """All seeds; the table is written anew after each."""
+    """Compare with all seeds; the table is written anew after each."""
     from mae_jax.runs.log import read_metrics
     from mae_jax.runs.pretrain import pretrain
 

@@ -47,7 +47,7 @@ QUICK = [Case("fsdp", 4, 2, 2)]
 
 
 def all_cases() -> Iterator[Case]:
-    """All engines on all numbers of devices, with and without accumulation."""
+    """Yield all engines on all numbers of devices, with and without accumulation."""
     for accumulate in (1, 2):
         for engine in ("pmap", "jit"):
             yield from (Case(engine, devices, None, accumulate) for devices in COUNTS)
@@ -55,7 +55,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def train(case: Case, precision: str) -> tuple[Any, Any]:
-    """Losses (steps,), and the raw gradients of the first step."""
+    """Train, and return the losses (steps,) and the raw gradients of the first step."""
     import numpy as np
 
     from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig, TransformerConfig
@@ -97,7 +97,7 @@ def train(case: Case, precision: str) -> tuple[Any, Any]:
 
 
 def first_gradients(optimizer: Any, beta1: float) -> Any:
-    """What AdamW was given in its first update, out of its state after it."""
+    """Return what AdamW was given in its first update, out of its state after it."""
     import jax
     import numpy as np
     import optax
@@ -106,7 +106,7 @@ def first_gradients(optimizer: Any, beta1: float) -> Any:
 
 
 def compare(precision: str, cases: list[Case], quick: bool) -> int:
-    """Print a row for each case; 1 if one is too far from one device."""
+    """Print a row for each case, and return 1 if one is too far from one device."""
     import jax
     import numpy as np
 
@@ -128,7 +128,7 @@ def compare(precision: str, cases: list[Case], quick: bool) -> int:
 
 
 def main() -> int:
-    """Each precision in a process of its own: JAX's default dtype is set once."""
+    """Run each precision in a process of its own: JAX's default dtype is set once."""
     arguments = tyro.cli(Arguments)
     cases = QUICK if arguments.quick else list(all_cases())
     if arguments.precision != "both":

@@ -9,7 +9,7 @@ from mae_jax.runs.log import read_metrics
 
 
 def main(run: str, out: str) -> None:
-    """Loss by step, from the run's metrics.jsonl."""
+    """Draw the loss by step, from the run's metrics.jsonl."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

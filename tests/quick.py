@@ -19,13 +19,13 @@ FLAGS = (
 
 
 def quick(devices: int, given: str = "") -> dict[str, str]:
-    """The settings, for a process with so many simulated devices, beside flags that are given."""
+    """Return the variables for a process with so many simulated devices, beside flags that are given."""
     flags = " ".join((given, *FLAGS, f"{DEVICES}={devices}"))
     return {"XLA_FLAGS": flags.strip(), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
 
 def as_users_compile() -> Mapping[str, str]:
-    """This process's environment without them; other flags that it was given stay."""
+    """Return this process's environment without them; other flags that it was given stay."""
     ours = {flag.partition("=")[0] for flag in (*FLAGS, DEVICES)}
     rest = [flag for flag in os.environ["XLA_FLAGS"].split() if flag.partition("=")[0] not in ours]
     plain = {name: value for name, value in os.environ.items() if name not in quick(1)}
