@@ -172,7 +172,7 @@ def ours(spec: str, config: PretrainConfig) -> Callable[[], int]:
 
 
 def torchvision_views(folder: Path) -> Callable[[], list[np.ndarray]]:
-    """Return a function that puts the files through torchvision once, in the order and with the crops of this pipeline."""
+    """Return a function that puts the files through torchvision once, with the order and crops of this pipeline."""
     import torch
 
     # torchvision's wheel wants its own operators, which a CPU build of torch may not load; declared, they will do.
@@ -224,7 +224,7 @@ def crops(source: Source, config: PretrainConfig, count: int) -> list[np.ndarray
 
 
 def errors(source: Source, config: PretrainConfig, expected: list[np.ndarray]) -> tuple[float, float]:
-    """Return the mean absolute difference in grey levels from (channels, height, width): of all, and of the worst image."""
+    """Return the mean absolute difference in grey levels from (channels, height, width): of all, and of the worst."""
     found = crops(source, config, len(expected))
     each = [
         np.abs(image.astype(int) - other.transpose(1, 2, 0).astype(int)).mean()
