@@ -81,7 +81,7 @@ def test_two_hosts_of_two_devices_compute_what_one_computes(start: Start, never_
     assert "on 2 hosts, 4 x cpu" in done[0][1]
     assert "loss" not in done[1][1]
     assert len(list((workdir / "tensorboard").iterdir())) == 1
-    assert not list(workdir.glob(".*"))
+    assert [file.name for file in workdir.glob(".*")] == [".lock"]
 
 
 @pytest.mark.slow
@@ -152,8 +152,8 @@ def test_one_that_cannot_write_ends(start: Start, tmp_path: Path) -> None:
         processes[0].kill()
     finish(processes[:1])
     assert processes[1].returncode == 1
+    # Threads of TensorStore may report the same failure before it.
     assert f"mae-jax: a checkpoint cannot be written into {workdir}/checkpoints: " in err
-    assert "Traceback" not in err
 
 
 def test_hosts_that_differ_are_refused(start: Start, tmp_path: Path) -> None:
