@@ -18,6 +18,7 @@ MODEL = ModelConfig(image_size=16, patch_size=8, encoder=TransformerConfig(width
 
 @pytest.mark.parametrize("pooling", ["mean", "class"])
 def test_a_classifier(pooling, tmp_path):
+    pytest.importorskip("torch")
     config = ClassifierConfig(MODEL, 5, pooling)
     mae_jax.save_torch(draw_params(config), config, tmp_path / "tuned.pth", layout="fair")
     read = load_pretrained(str(tmp_path / "tuned.pth"), encoder_heads=3)
