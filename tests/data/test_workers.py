@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,14 @@ from tests.processes import children
 from tests.refusals import refused
 
 ROOT = Path(__file__).parents[2]
+Started = Callable[[], list[int]]
+
+
+@pytest.fixture
+def started() -> Started:
+    """Lists the processes that this one has started since the test began; other tests' may still be there."""
+    others = set(children(os.getpid()))
+    return lambda: [pid for pid in children(os.getpid()) if pid not in others]
 
 
 def slow_first(thing: int) -> tuple[int, bytes, np.ndarray]:
@@ -30,12 +38,12 @@ def slow_first(thing: int) -> tuple[int, bytes, np.ndarray]:
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(0, 0), (0, 1), (0, 3), (1, 0), (3, 2)])
-def test_results_come_in_order(workers: int, threads: int) -> None:
+def test_results_come_in_order(started: Started, workers: int, threads: int) -> None:
     with OrderedMap(slow_first, range(40), workers=workers, threads=threads) as results:
         found = list(results)
     assert [(thing, len(data)) for thing, data, _ in found] == [(thing, 100_000) for thing in range(40)]
     assert all((array == thing).all() for thing, _, array in found)
-    assert not children(os.getpid())
+    assert not started()
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(0, 0), (0, 2), (2, 0)])
@@ -43,7 +51,7 @@ def test_of_nothing_comes_nothing(workers: int, threads: int) -> None:
     assert list(OrderedMap(slow_first, [], workers=workers, threads=threads)) == []
 
 
-def test_no_more_processes_than_things_and_no_more_things_ahead_than_needed() -> None:
+def test_no_more_processes_than_things_and_no_more_things_ahead_than_needed(started: Started) -> None:
     taken: list[int] = []
 
     def things(count: int) -> Iterator[int]:
@@ -53,12 +61,12 @@ def test_no_more_processes_than_things_and_no_more_things_ahead_than_needed() ->
 
     with OrderedMap(slow_first, things(1), workers=4, threads=0) as results:
         next(results)
-        assert len(children(os.getpid())) == 1
+        assert len(started()) == 1
     with OrderedMap(slow_first, things(100), workers=2, threads=0) as results:
         next(results)
-        assert len(children(os.getpid())) == 2
+        assert len(started()) == 2
     assert len(taken) == 1 + 6
-    assert not children(os.getpid())
+    assert not started()
 
 
 def fails(thing: int) -> int:
@@ -68,7 +76,7 @@ def fails(thing: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_exception_comes_at_its_turn_with_its_place(workers: int) -> None:
+def test_an_exception_comes_at_its_turn_with_its_place(started: Started, workers: int) -> None:
     results = OrderedMap(fails, range(9), workers=workers, threads=2)
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ValueError, match="no 2") as error:
@@ -76,7 +84,7 @@ def test_an_exception_comes_at_its_turn_with_its_place(workers: int) -> None:
     if workers:
         assert "in fails" in error.value.__notes__[0]
     assert list(results) == []
-    assert not children(os.getpid())
+    assert not started()
 
 
 class OddError(Exception):
@@ -163,12 +171,12 @@ def killed_in_the_middle_of_its_answer(thing: int) -> np.ndarray:
     return np.zeros(10**6, np.uint8)
 
 
-def test_a_worker_killed_within_its_answer_is_named() -> None:
+def test_a_worker_killed_within_its_answer_is_named(started: Started) -> None:
     began = time.monotonic()
     with refused("workers", "a worker process was killed by SIGKILL", "use fewer --workers", kind=DeadWorkerError):
         list(OrderedMap(killed_in_the_middle_of_its_answer, range(9), workers=2, threads=0))
     assert time.monotonic() - began < 5
-    assert not children(os.getpid())
+    assert not started()
 
 
 def large(thing: int) -> np.ndarray:
@@ -176,12 +184,12 @@ def large(thing: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.3, 0.6, 0.9])
-def test_a_worker_killed_at_any_moment_ends_the_work(delay: float) -> None:
+def test_a_worker_killed_at_any_moment_ends_the_work(started: Started, delay: float) -> None:
     """While it starts too."""
     with OrderedMap(large, range(10**6), workers=2, threads=0) as results:
 
         def kill() -> None:
-            while not (found := children(os.getpid())):
+            while not (found := started()):
                 time.sleep(0.001)
             time.sleep(delay)
             os.kill(found[-1], signal.SIGKILL)
@@ -192,7 +200,7 @@ def test_a_worker_killed_at_any_moment_ends_the_work(delay: float) -> None:
             for _ in results:
                 pass
         killer.join()
-    assert not children(os.getpid())
+    assert not started()
 
 
 def leaves(thing: int) -> None:
