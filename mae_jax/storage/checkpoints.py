@@ -111,6 +111,14 @@ def _reason(error: BaseException) -> str:
     return words[:300] if code else f"{type(error).__name__}: {words[:300]}"
 
 
+def _collective_failure(error: BaseException) -> jax.errors.JaxRuntimeError | None:
+    """Return the failure of an operation of all hosts that an error comes of, if it comes of one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
 def _check_room(folder: Path, tree: Any) -> None:
     """Raise OSError where a checkpoint cannot be written: in the middle of it, TensorStore reports for each array."""
     os.utime(folder)  # a read-only disk, or no permission
@@ -321,6 +329,8 @@ class Checkpoints:
         except StatedError:
             raise
         except Exception as error:  # whatever a disk makes Orbax and its layers raise
+            if self._hosts.count > 1 and (failed := _collective_failure(error)) is not None:
+                raise failed from error  # another host is gone, which `hosts.joined` explains; no disk is at fault
             if self._hosts.count == 1:  # no other host writes: what takes up a full disk may go
                 self._clear_unfinished()
             saved = self.steps()

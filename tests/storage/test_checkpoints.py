@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mae_jax.files import hold
+from mae_jax.hosts import Hosts
 from mae_jax.storage.checkpoints import BROKEN, CHECKSUMS, Checkpoints, DamagedError
 from mae_jax.train.engines import pmap_engine
 from mae_jax.train.step import make_step
@@ -211,6 +212,25 @@ def test_a_save_that_fails_is_neither_listed_nor_in_the_way(tmp_path, tiny, monk
         checkpoints.save(2, {"step": jnp.int32(2)})
         assert checkpoints.steps() == [1, 2]
     assert capfd.readouterr().err == ""
+
+
+def test_a_host_that_is_gone_is_no_fault_of_the_disk(tmp_path, tiny, monkeypatch):
+    """The others see it in whatever operation of all hosts comes next, which may be one of a save."""
+    reset = jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Gloo all-reduce failed: Connection reset by peer")
+    for hosts, error in ((Hosts(0, 2), reset), (Hosts(0, 2), OSError(errno.ENOSPC, "No space")), (Hosts(), reset)):
+        with Checkpoints(tmp_path, tiny(), hosts=hosts) as checkpoints:
+
+            def fail(*args, error=error, **given):
+                raise ValueError("as a library may wrap it") from error
+
+            monkeypatch.setattr(checkpoints._writer, "save", fail)
+            state = {"x": jnp.zeros(3)}
+            if hosts.count > 1 and error is reset:
+                with pytest.raises(jax.errors.JaxRuntimeError, match="Connection reset"):
+                    checkpoints.save(1, state)
+            else:
+                with refused("workdir"):
+                    checkpoints.save(1, state)
 
 
 def test_a_save_that_no_longer_holds_the_folder_is_refused(tmp_path, tiny, monkeypatch):
