@@ -11,7 +11,7 @@ import tyro
 from parity.models import MODELS
 
 if TYPE_CHECKING:
-    from parity.compare import Precision
+    from parity.bounds import Precision
     from parity.report import Report
 
 
@@ -40,10 +40,10 @@ def compare(arguments: Arguments, precision: "Precision") -> "Report":
     import jax
     import torch
 
-    from parity.inputs import Reference
     from parity.models import SMALL, SQUARE, TARGETS
     from parity.peers import run as run_peer
     from parity.report import COLUMNS, Report, line, rows
+    from parity.sides import Reference
     from parity.stages import run
 
     model = arguments.model or ("tiny" if arguments.peer is None else "tiny_square")

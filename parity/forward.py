@@ -19,8 +19,8 @@ from mae_jax.models import gradients, mae, masking, patches
 from mae_jax.port.keys import from_fair
 from mae_jax.train import objective
 from parity import torch_mae
-from parity.compare import Kind, Pair, Pairs
-from parity.inputs import Ours, Reference, draw_weights
+from parity.bounds import Kind, Pair, Pairs
+from parity.sides import Ours, Reference, draw_weights
 
 # --- images, patches, positions ---------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ from mae_jax.port.receivers.receiver import Receiver
 from mae_jax.port.receivers.timm import timm_model
 from mae_jax.port.verify import comparable
 from mae_jax.train.step import loss_and_gradients
-from parity.compare import Pair, compare
-from parity.inputs import Reference
+from parity.bounds import Pair, compare
+from parity.sides import Reference
 from parity.training import module_of
 
 _declared: list[torch.library.Library] = []  # held, or torch forgets them

@@ -9,7 +9,7 @@ from typing import Any
 
 from mae_jax.config import ModelConfig
 from mae_jax.port.compare import Comparison, worst
-from parity.compare import BOUNDS, Precision
+from parity.bounds import BOUNDS, Precision
 
 COLUMNS = ("stage", "tensors", "max abs", "max rel", "bound", "verdict")
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from mae_jax.port.compare import Comparison
-from parity.compare import compare
+from parity.bounds import compare
 from parity.forward import FORWARD
-from parity.inputs import Ours, Reference
+from parity.sides import Ours, Reference
 from parity.training import TRAINING
 from parity.transfer import TRANSFER
 

@@ -10,8 +10,8 @@ from mae_jax.models import Params, mae
 from mae_jax.port.keys import entries, from_fair, to_fair
 from mae_jax.train import optimizers
 from parity import torch_train
-from parity.compare import Pair, Pairs
-from parity.inputs import EPOCHS, STEPS, STEPS_PER_EPOCH, Ours, Reference
+from parity.bounds import Pair, Pairs
+from parity.sides import EPOCHS, STEPS, STEPS_PER_EPOCH, Ours, Reference
 
 
 def gradients(ours: Ours, reference: Reference) -> Pairs:

@@ -16,8 +16,8 @@ from mae_jax.port.keys import entries, from_fair, to_fair
 from mae_jax.train import classification, engines, mixing, objective, optimizers
 from mae_jax.train import step as steps
 from parity import torch_mae, torch_train
-from parity.compare import Pair, Pairs
-from parity.inputs import Ours, Reference
+from parity.bounds import Pair, Pairs
+from parity.sides import Ours, Reference
 from parity.training import without_key_bias
 
 CLASSES = 5

@@ -25,8 +25,8 @@ from mae_jax.port.receivers.lightly import lightly
 from mae_jax.port.receivers.timm import timm_name, timm_vit
 from mae_jax.port.verify import outputs
 from parity import peers
-from parity.inputs import Reference
 from parity.models import SQUARE
+from parity.sides import Reference
 
 from .conftest import CLASSIFIERS, ODD, TINY, draw_params
 from .test_round_trips import same

@@ -24,7 +24,7 @@ from mae_jax.train import engines, objective, optimizers
 from mae_jax.train import step as steps
 from mae_jax.train.step import merge, select
 from parity import torch_mae, torch_train
-from parity.compare import Precision
+from parity.bounds import Precision
 
 STEPS = 20  # of the training run
 STEPS_PER_EPOCH = 5

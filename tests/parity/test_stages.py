@@ -12,10 +12,10 @@ torch = pytest.importorskip("torch")
 
 from mae_jax.config import MODELS, ModelConfig, TransformerConfig
 from parity import __main__ as command
-from parity import compare
-from parity.compare import Pair
-from parity.inputs import Reference
+from parity import bounds
+from parity.bounds import Pair
 from parity.models import SMALL, TARGETS
+from parity.sides import Reference
 from parity.stages import STAGES, run
 from parity.transfer import TRANSFER
 from tests.quick import as_users_compile
@@ -88,13 +88,13 @@ def test_stages_are_in_the_order_data_flows():
     ],
 )
 def test_what_cannot_pass(ours, theirs, fault):
-    result = compare.compare(Pair("stage", "tensor", ours, theirs, "stage"), "float64")
+    result = bounds.compare(Pair("stage", "tensor", ours, theirs, "stage"), "float64")
     assert not result.passed
     assert result.fault == fault
 
 
 def test_relative_error_is_of_the_largest_value():
-    result = compare.compare(Pair("stage", "tensor", np.array([0.5, 8]), np.array([0.0, 10]), "stage"), "float64")
+    result = bounds.compare(Pair("stage", "tensor", np.array([0.5, 8]), np.array([0.0, 10]), "stage"), "float64")
     assert (result.max_abs, result.max_rel) == (2.0, 0.2)
 
 
@@ -112,7 +112,7 @@ def test_command_reports_agreement(tmp_path):
 
 
 def test_command_names_the_first_departure(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(compare.BOUNDS, "forward", compare.Bound(-1.0, -1.0, "nothing passes"))
+    monkeypatch.setitem(bounds.BOUNDS, "forward", bounds.Bound(-1.0, -1.0, "nothing passes"))
     stages = ["patchify", "latent", "loss"]
     monkeypatch.setattr(sys, "argv", ["parity", "--dtype", "float64", "--report", str(tmp_path), "--stages", *stages])
     assert command.main() == 1

@@ -23,7 +23,7 @@ from mae_jax.models import blocks, gradients, mae, masking, patches
 from mae_jax.port.compare import Comparison
 from mae_jax.train import classification, mixing, optimizers
 from parity import forward, training, transfer
-from parity.inputs import STEPS_PER_EPOCH, Reference
+from parity.sides import STEPS_PER_EPOCH, Reference
 from parity.stages import STAGES, run
 
 ENCODER, DECODER = TransformerConfig(16, 1, 2), TransformerConfig(12, 1, 3)
