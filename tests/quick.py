@@ -1,8 +1,8 @@
 """Settings with which programs compile in a third of the time; their arrays are tiny, so that this is what tests cost.
 
 JAX reads them from the environment, which the processes that a test starts inherit. As users compile, which is with
-every optimisation: the parity command (parity/test_stages.py), the probe of digits (integration/test_digits.py), the programs
-of cli/test_process.py.
+every optimisation: the parity command (parity/test_stages.py), the probe of digits (integration/test_digits.py),
+the programs of cli/test_process.py.
 """
 
 import os
