@@ -20,12 +20,14 @@ class Arguments:
     """Compare mae_jax with a PyTorch reference from bytes to a trained model, in the order data flows."""
 
     model: Literal[tuple(MODELS)] | None = None  # type: ignore[valid-type]
-    """What to compare: tiny by default, tiny_square with a peer. The published sizes take minutes on a CPU."""
+    """What to compare: all small ones by default, tiny_square with a peer. Published sizes take minutes on a CPU."""
     dtype: Literal["float32", "float64", "both"] = "both"
     peer: Literal["huggingface", "timm", "lightly", "lightly-deprecated"] | None = None
     """Compare with this library's own model in place of the reference: forward pass, loss, gradients."""
     stages: tuple[str, ...] = ()
     """Only these (images, patchify, masks, encoder_blocks, gradients ...); all by default."""
+    stop_at_first: bool = False
+    """Leave out all that follows the first stage that departs."""
     seed: int = 0
     """Of the weights, images and noise."""
     batch_size: int | None = None
@@ -40,22 +42,35 @@ def compare(arguments: Arguments, precision: "Precision") -> "Report":
     import jax
     import torch
 
-    from parity.models import SMALL, SQUARE, TARGETS
+    from parity.models import SMALL, SQUARE
     from parity.peers import run as run_peer
     from parity.report import COLUMNS, Report, line, rows
     from parity.sides import Reference
     from parity.stages import run
 
-    model = arguments.model or ("tiny" if arguments.peer is None else "tiny_square")
-    batch_size = arguments.batch_size or (4 if model in SMALL | TARGETS | SQUARE else 2)
-    reference = Reference(MODELS[model], precision, arguments.seed, batch_size)
+    if arguments.peer is not None:
+        names = [arguments.model or "tiny_square"]
+    else:
+        names = [arguments.model] if arguments.model else list(SMALL)
+    references = [
+        Reference(
+            MODELS[name], precision, arguments.seed, arguments.batch_size or (4 if name in SMALL | SQUARE else 2), name
+        )
+        for name in names
+    ]
     versions = {"jax": jax.__version__, "flax": flax.__version__, "torch": torch.__version__}
     device = jax.local_devices()[0].device_kind
-    name = model if arguments.peer is None else f"{model} against {arguments.peer}"
-    report = Report(name, precision, arguments.seed, reference.config, versions, device)
+    title = ", ".join(names) + (f" against {arguments.peer}" if arguments.peer else "")
+    configs = {reference.name: reference.config for reference in references}
+    report = Report(title, precision, arguments.seed, configs, versions, device)
 
-    print(f"{name}, {precision}\n{line(COLUMNS)}", flush=True)
-    for results in run(reference, arguments.stages) if arguments.peer is None else run_peer(arguments.peer, reference):
+    print(f"{title}, {precision}\n{line(COLUMNS)}", flush=True)
+    stages = (
+        run(references, arguments.stages, arguments.stop_at_first)
+        if arguments.peer is None
+        else run_peer(arguments.peer, references[0])
+    )
+    for results in stages:
         report.results += results
         for row in rows(results):
             print(line(row), flush=True)
@@ -82,6 +97,7 @@ def main() -> int:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=2".strip()
 
     try:
+        from mae_jax.cli.process import keep_programs
         from mae_jax.port.receivers.receiver import NotInstalledError
         from parity.stages import STAGES
     except ModuleNotFoundError as error:
@@ -101,9 +117,14 @@ def main() -> int:
     if unknown:
         return wrong_usage(f"--stages {' '.join(unknown)}: unknown (there are: {', '.join(STAGES)})")
 
+    keep_programs()
     precisions: tuple[Precision, ...] = ("float64", "float32") if arguments.dtype == "both" else (arguments.dtype,)
+    reports: list[Report] = []
     try:
-        reports = [compare(arguments, precision) for precision in precisions]
+        for precision in precisions:
+            reports.append(compare(arguments, precision))
+            if arguments.stop_at_first and not reports[-1].passed:
+                break
     except NotInstalledError as error:
         print(f"--peer {arguments.peer}: {error} cannot be imported; install it", file=sys.stderr)
         return 1

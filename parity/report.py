@@ -16,12 +16,12 @@ COLUMNS = ("stage", "tensors", "max abs", "max rel", "bound", "verdict")
 
 @dataclass
 class Report:
-    """The results of one model at one precision, in the order data flows."""
+    """The results of one model, or several, at one precision, in the order data flows."""
 
     model: str
     precision: Precision
     seed: int
-    config: ModelConfig
+    configs: dict[str, ModelConfig]
     versions: dict[str, str]
     device: str
     results: list[Comparison] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Report:
             "first_departure": self.departure.as_dict() if self.departure else None,
             "device": self.device,
             "versions": self.versions,
-            "config": asdict(self.config),
+            "configs": {name: asdict(config) for name, config in self.configs.items()},
             "results": [result.as_dict() for result in self.results],
         }
 
@@ -99,8 +99,11 @@ def _markdown(reports: list[Report]) -> Iterator[str]:
         yield "| " + " | ".join(COLUMNS) + " |"
         yield "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"
         yield from ("| " + " | ".join(row) + " |" for row in report.rows())
-    yield "\n## Bounds\n\n| bound | float64 | float32 | reason |\n|---|---:|---:|---|"
-    yield from (f"| {name} | {b.float64:.1e} | {b.float32:.1e} | {b.reason} |" for name, b in BOUNDS.items())
+    yield "\n## Bounds, and the largest errors seen without a mistake\n"
+    yield "| bound | float64 | seen | float32 | seen | reason |\n|---|---:|---:|---:|---:|---|"
+    for name, bound in BOUNDS.items():
+        numbers = (bound.float64, bound.seen_float64, bound.float32, bound.seen_float32)
+        yield f"| {name} | " + " | ".join(f"{number:.1e}" for number in numbers) + f" | {bound.reason} |"
 
 
 def _plot(reports: list[Report], path: Path) -> None:

@@ -17,7 +17,7 @@ import optax
 import torch
 
 from mae_jax import rng
-from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig
+from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig, wide
 from mae_jax.models import Params, mae
 from mae_jax.port.keys import Tensors, from_fair, to_fair
 from mae_jax.train import engines, objective, optimizers
@@ -32,14 +32,14 @@ EPOCHS = 4.0
 
 
 def run_config(model: ModelConfig, batch_size: int, seed: int) -> PretrainConfig:
-    """Configure the training run: a large rate, a warm-up and a decay within its 20 steps."""
+    """Configure the training run: a large rate, a warm-up and a decay within its 20 steps, and a running average."""
     channels = range(model.in_channels)
     return PretrainConfig(
         model=model,
         augment=AugmentConfig(
             mean=tuple(0.48 + 0.01 * c for c in channels), std=tuple(0.28 + 0.005 * c for c in channels)
         ),
-        optim=OptimConfig(base_lr=1e-3 * 256 / batch_size, min_lr=1e-5, warmup_epochs=1.4),
+        optim=OptimConfig(base_lr=1e-3 * 256 / batch_size, min_lr=1e-5, warmup_epochs=1.4, ema_decay=0.8),
         batch_size=batch_size,
         epochs=EPOCHS,
         seed=seed,
@@ -67,9 +67,11 @@ def draw_weights(model: torch_mae.MaskedAutoencoder, generator: np.random.Genera
 class Reference:
     """The inputs, and all that PyTorch makes of them, computed once."""
 
-    def __init__(self, config: ModelConfig, precision: Precision, seed: int = 0, batch_size: int = 4) -> None:
-        self.config = replace(config, dtype=precision, remat=False)
-        self.precision = precision
+    def __init__(
+        self, config: ModelConfig, precision: Precision, seed: int = 0, batch_size: int = 4, name: str = "model"
+    ) -> None:
+        self.name, self.precision = name, precision
+        self.config = replace(config, dtype=precision)
         self.run_config = run_config(self.config, batch_size, seed)
         generator = np.random.default_rng(seed)
 
@@ -147,45 +149,51 @@ class Reference:
 class Ours:
     """What this project makes of the same inputs and weights."""
 
-    def __init__(self, reference: Reference) -> None:
-        self.config, self.run_config = reference.config, reference.run_config
-        self.model = mae.MaskedAutoencoder(self.config)
-        self.params = jax.tree.map(jnp.asarray, from_fair(reference.weights, self.config))
+    def __init__(self, reference: Reference, config: ModelConfig | None = None) -> None:
+        self.config, self.run_config = config or reference.config, reference.run_config
+        # Where blocks are computed again going backwards, nothing can be recorded of them: gradients and steps alone
+        # are of that model.
+        self.model = mae.MaskedAutoencoder(replace(self.config, remat=False))
+        dtype = wide(self.config.dtype)
+        self.params = jax.tree.map(lambda x: jnp.asarray(x, dtype), from_fair(reference.weights, self.config))
         self.bytes = reference.bytes
         self.positions = reference.positions
-        self.images = jnp.asarray(reference.images[0].movedim(1, -1).numpy())
+        self.images = jnp.asarray(reference.images[0].movedim(1, -1).numpy(), dtype)
         self.noise = jnp.asarray(reference.noise[0])
 
     @cached_property
     def forward(self) -> tuple[mae.Output, dict[str, jax.Array]]:
-        """Run one compiled forward pass: its output, and what every module returned, as 'encoder/block_0.__call__'.
+        """Run one compiled forward pass: its output, and what every module returned, as 'encoder/block_0.__call__'."""
+        return jax.jit(self.recorded)(self.params, self.images, self.noise)
 
-        Its blocks are no compiled functions of their own, since out of those nothing can be recorded.
+    def recorded(self, params: Params, images: jax.Array, noise: jax.Array) -> tuple[mae.Output, dict[str, jax.Array]]:
+        """Compute the output and what every module returned.
+
+        Blocks are no compiled functions of their own here, since out of those nothing can be recorded.
         """
+        returned = {}
 
-        def recorded(params: Any, images: jax.Array, noise: jax.Array) -> tuple[mae.Output, dict[str, jax.Array]]:
-            returned = {}
+        def record(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+            values = call(*args, **kwargs)
+            if isinstance(values, jax.Array) and context.method_name in ("__call__", "embed"):
+                returned["/".join(context.module.path) + "." + context.method_name] = values
+            return values
 
-            def record(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-                values = call(*args, **kwargs)
-                if isinstance(values, jax.Array) and context.method_name in ("__call__", "embed"):
-                    returned["/".join(context.module.path) + "." + context.method_name] = values
-                return values
-
-            with jax.disable_jit(), nn.intercept_methods(record):
-                output = self.model.apply({"params": params}, images, noise)
-            assert isinstance(output, mae.Output)
-            return output, returned
-
-        return jax.jit(recorded)(self.params, self.images, self.noise)
+        with jax.disable_jit(), nn.intercept_methods(record):
+            output = self.model.apply({"params": params}, images, noise)
+        assert isinstance(output, mae.Output)
+        return output, returned
 
     def gradients(self) -> Tensors:
         """Compute the gradients of the first batch's loss, under the reference's names."""
+        return self.loss_and_gradients()[1]
 
-        def gradients(params: Params, images: jax.Array, noise: jax.Array) -> Params:
-            return steps.loss_and_gradients(self.model, params, images, noise)[1]
-
-        return to_fair(jax.jit(gradients)(self.params, self.images, self.noise), self.config)
+    def loss_and_gradients(self) -> tuple[jax.Array, Tensors]:
+        """Compute the first batch's loss, and its gradients under the reference's names."""
+        model = mae.MaskedAutoencoder(self.config)
+        compute = jax.jit(lambda *inputs: steps.loss_and_gradients(model, *inputs))
+        loss, computed = compute(self.params, self.images, self.noise)
+        return loss, to_fair(computed, self.config)
 
     def engine(self) -> engines.PmapEngine:
         """Compile the step as runs do, over two devices where there are two."""
@@ -199,7 +207,7 @@ class Ours:
         params = jax.tree.map(jnp.copy, params)
         trained = select(params, mae.trained)
         optimizer = optimizers.adamw_direction(self.run_config.optim).init(trained)
-        return steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer, average=None)
+        return steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer, average=jax.tree.map(jnp.copy, params))
 
     def drawn_noise(self) -> np.ndarray:
         """Catch the noise (B, L) that reaches the model inside the step on several devices, by position in the batch.
@@ -230,8 +238,8 @@ class Ours:
         return np.stack([drawn[example] for example in range(len(greys))])
 
     @cached_property
-    def run(self) -> tuple[Tensors, list[steps.Metrics], Tensors]:
-        """Train this project's side: raw gradients of the first step, metrics of every step, final weights.
+    def run(self) -> tuple[Tensors, list[steps.Metrics], Tensors, Tensors]:
+        """Train this project's side: raw gradients of the first step, metrics of every step, weights and their average.
 
         AdamW's first moment after one update is (1 - beta1) times the gradient that the devices agreed on.
         """
@@ -246,4 +254,5 @@ class Ours:
                 fixed = jax.tree.map(np.zeros_like, jax.device_get(state.params))
                 moments = to_fair(merge(fixed, jax.device_get(moments)), self.config)
                 gradients = {name: m / (1 - self.run_config.optim.beta1) for name, m in moments.items()}
-        return gradients, metrics, to_fair(jax.device_get(state.params), self.config)
+        final, average = (to_fair(jax.device_get(tree), self.config) for tree in (state.params, state.average))
+        return gradients, metrics, final, average

@@ -1,29 +1,60 @@
 """All stages in the order data flows, from bytes to a trained model and what is made of it; and how they are run."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import nan
 
 import jax
 
 from mae_jax.port.compare import Comparison
-from parity.bounds import compare
+from parity.bfloat16 import BFLOAT16
+from parity.bounds import Pairs, compare
 from parity.forward import FORWARD
+from parity.initial import INITIAL
 from parity.sides import Ours, Reference
-from parity.training import TRAINING
+from parity.training import EVERY_GRADIENT, TRAINING
 from parity.transfer import TRANSFER
 
-STAGES = {stage.__name__: stage for stage in (*FORWARD, *TRAINING, *TRANSFER)}
+STAGES = {stage.__name__: stage for stage in (*INITIAL, *FORWARD, *BFLOAT16, *TRAINING, *TRANSFER)}
+
+# What depends on the choices of a model; the rest is compared with the first model alone.
+EVERY_MODEL = {stage.__name__ for stage in (*FORWARD, *EVERY_GRADIENT)}
 
 
-def run(reference: Reference, stages: Sequence[str] = ()) -> Iterator[list[Comparison]]:
-    """Run these stages, or all, and yield the results of one after another.
+def run(references: Sequence[Reference], stages: Sequence[str] = (), stop: bool = False) -> Iterator[list[Comparison]]:
+    """Run these stages, or all, one after another, each with every model that it depends on; yield a stage's results.
 
     Each precision runs as its users run it: float64 with 64-bit values enabled, float32 without.
+
+    stop: after the first stage that departs.
     """
-    ours = None
-    for name, stage in STAGES.items():
+    ours: dict[str, Ours] = {}
+    for name in STAGES:
         if stages and name not in stages:
             continue
-        with jax.enable_x64(reference.precision == "float64"), jax.default_matmul_precision("highest"):
-            ours = ours or Ours(reference)
-            results = [compare(pair, reference.precision) for pair in stage(ours, reference)]
+        results: list[Comparison] = []
+        for reference in references if name in EVERY_MODEL else references[:1]:
+            prefix = f"{reference.name}: " if len(references) > 1 else ""
+            with jax.enable_x64(reference.precision == "float64"), jax.default_matmul_precision("highest"):
+                results += _results(name, ours, reference, prefix)
+        # The rows of a stage stand together, whichever model they are of.
+        order = list(dict.fromkeys(result.stage for result in results))
+        results.sort(key=lambda result: order.index(result.stage))
         yield results
+        if stop and not all(result.passed for result in results):
+            return
+
+
+def _results(name: str, ours: dict[str, Ours], reference: Reference, prefix: str) -> Iterator[Comparison]:
+    """Compare each pair of a stage; an error within is a result of the stage, and the last."""
+    try:
+        if reference.name not in ours:
+            ours[reference.name] = Ours(reference)
+        pairs: Pairs = STAGES[name](ours[reference.name], reference)
+        for pair in pairs:
+            result = compare(pair, reference.precision)
+            yield replace(result, tensor=prefix + result.tensor)
+    except Exception as error:  # whatever a mistake makes any layer raise
+        words = " ".join(str(error).split())[:200]
+        fault = f"stopped by {type(error).__name__}: {words}"
+        yield Comparison(f"{prefix}{name}", nan, nan, 0.0, fault, name.replace("_", " "))

@@ -30,11 +30,13 @@ def parameter_groups(model: MaskedAutoencoder) -> dict[str, bool]:
 
 
 def learning_rate(step: int, optim: OptimConfig, *, batch_size: int, steps_per_epoch: int, epochs: float) -> float:
-    """Compute the rate of update `step`, counted from 0: linear warm-up, then half a cosine, in fractional epochs."""
+    """Compute the rate of update `step`, from 0: linear warm-up, then half a cosine, or constant."""
     epoch = step / steps_per_epoch
     peak = optim.base_lr * batch_size / 256
     if epoch < optim.warmup_epochs:
         return peak * epoch / optim.warmup_epochs
+    if optim.schedule == "constant":
+        return peak
     angle = math.pi * (epoch - optim.warmup_epochs) / (epochs - optim.warmup_epochs)
     return optim.min_lr + (peak - optim.min_lr) / 2 * (1 + math.cos(angle))
 
@@ -61,7 +63,8 @@ def updated(
     optimizer = adamw(model, optim)
     for values in gradients:
         for name, parameter in model.named_parameters():
-            parameter.grad = torch.from_numpy(values[name]) if name in values else None
+            parameter.grad = torch.from_numpy(values[name].copy()) if name in values else None
+        clip([p.grad for p in model.parameters() if p.grad is not None], optim.clip_norm)
         optimizer.step()
     return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
 
@@ -73,11 +76,12 @@ class Run:
     losses: list[float]
     rates: list[float]
     final: dict[str, np.ndarray]
+    average: dict[str, np.ndarray]  # exponential moving average of the parameters, where ema_decay is set
 
 
 def train(model: MaskedAutoencoder, optim: OptimConfig, images: Tensor, noise: Tensor, rates: list[float]) -> Run:
     """Update the model once for each rate; images (steps, B, C, H, W) and noise (steps, B, L)."""
-    optimizer = adamw(model, optim)
+    optimizer, average = adamw(model, optim), as_numpy(model)
     losses = []
     for batch, batch_noise, rate in zip(images, noise, rates, strict=True):
         for group in optimizer.param_groups:
@@ -85,9 +89,29 @@ def train(model: MaskedAutoencoder, optim: OptimConfig, images: Tensor, noise: T
         optimizer.zero_grad()
         loss = model(batch, batch_noise).loss
         loss.backward()
+        clip([p.grad for p in model.parameters() if p.grad is not None], optim.clip_norm)
         optimizer.step()
         losses.append(loss.item())
-    return Run(losses, rates, {name: p.detach().numpy() for name, p in model.named_parameters()})
+        average = averaged(average, model, optim.ema_decay)
+    return Run(losses, rates, as_numpy(model), average)
+
+
+def clip(gradients: list[Tensor], largest: float | None) -> None:
+    """Shorten gradients, all by the same factor, where their norm in all is larger (Pascanu et al. 2012, section 3.2).
+
+    (PyTorch's own divides by the norm and 1e-6 more.)
+    """
+    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+    if largest is not None and norm > largest:
+        for g in gradients:
+            g.mul_(largest / norm)
+
+
+def averaged(average: dict[str, np.ndarray], module: nn.Module, decay: float | None) -> dict[str, np.ndarray]:
+    """Move an exponential average on by one step: decay times itself, and the rest of the parameters."""
+    if decay is None:
+        return average
+    return {name: decay * average[name] + (1 - decay) * values for name, values in as_numpy(module).items()}
 
 
 # --- fine-tuning and linear probing -----------------------------------------------------------------------------------
@@ -198,6 +222,7 @@ class Lars:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
+        """Update the parameters by their gradients."""
         for p, velocity in zip(self.parameters, self.velocity, strict=True):
             assert p.grad is not None
             gradient = p.grad

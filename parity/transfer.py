@@ -18,7 +18,7 @@ from mae_jax.train import step as steps
 from parity import torch_mae, torch_train
 from parity.bounds import Pair, Pairs
 from parity.sides import Ours, Reference
-from parity.training import without_key_bias
+from parity.training import at, without_key_bias
 
 CLASSES = 5
 STEPS = 5  # of fine-tuning and of probing
@@ -121,7 +121,7 @@ def _like_ours(values: torch.Tensor) -> torch.Tensor:
 
 def drop_path(ours: Ours, reference: Reference) -> Pairs:
     """Compare what drop path multiplies branches by, and its expectation with 1."""
-    depth, count, rate = 4, 4000, 0.3
+    depth, count, rate = 4, 400, 0.3
     grid = np.broadcast_to(((np.arange(count) + 0.5) / count)[:, None, None], (count, depth, 2))
     grid = grid.astype(reference.precision)
     factors = layers.drop_path(jnp.asarray(grid), rate)
@@ -176,13 +176,6 @@ def layer_decay(ours: Ours, reference: Reference) -> Pairs:
     for entry in table:
         does = their_decays[id(parameters[entry.key])]
         yield Pair("weight decay in fine-tuning", entry.key, at(decays, entry.path), does, "exact")
-
-
-def at(tree: Params, path: tuple[str, ...]) -> Any:
-    """Return the leaf at a path."""
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 def finetuning(ours: Ours, reference: Reference) -> Pairs:

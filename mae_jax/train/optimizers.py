@@ -39,7 +39,7 @@ def learning_rate(
         progress = (epoch - optim.warmup_epochs) / max(epochs - optim.warmup_epochs, 1e-9)
         after_warmup = optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
     if optim.warmup_epochs == 0:
-        return jnp.asarray(after_warmup, epoch.dtype)
+        return jnp.broadcast_to(jnp.asarray(after_warmup, epoch.dtype), epoch.shape)
     return jnp.where(epoch < optim.warmup_epochs, peak * epoch / optim.warmup_epochs, after_warmup)
 
 

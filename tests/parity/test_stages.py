@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -10,31 +11,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mae_jax.config import MODELS, ModelConfig, TransformerConfig
+from mae_jax.config import MODELS, ModelConfig
 from parity import __main__ as command
 from parity import bounds
 from parity.bounds import Pair
-from parity.models import SMALL, TARGETS
+from parity.models import SMALL
 from parity.sides import Reference
 from parity.stages import STAGES, run
-from parity.transfer import TRANSFER
 from tests.quick import as_users_compile
-
-PRETRAINING = [name for name, stage in STAGES.items() if stage not in TRANSFER]
-
-ENCODER, DECODER = TransformerConfig(32, 2, 2), TransformerConfig(24, 1, 3)
-VARIANTS = {
-    "sincos1d, no class token, grid mask, 1 channel": ModelConfig(
-        16, (2, 4), 1, ENCODER, DECODER, positions="sincos1d", class_token=False, masking="grid", norm_pix_loss=True
-    ),
-    "learned, block mask, 12 channels, other ratio": ModelConfig(
-        (12, 20), 4, 12, ENCODER, DECODER, positions="learned", masking="block", mask_ratio=0.6
-    ),
-    "encoder sees mask tokens, class token, 4 channels": ModelConfig(
-        16, (4, 2), 4, ENCODER, DECODER, encoder_mask_tokens=True, mask_ratio=0.5
-    ),
-    "loss on all, normalised": ModelConfig((8, 24), 4, 3, ENCODER, DECODER, loss_on="all", norm_pix_loss=True),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -47,27 +31,29 @@ def one_thread():
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("name", SMALL | TARGETS)
-def test_every_stage_agrees(name, precision):
-    stages = list(STAGES) if name == "tiny" or (name, precision) == ("tiny_ablations", "float64") else PRETRAINING
-    results = [result for stage in run(Reference((SMALL | TARGETS)[name], precision), stages) for result in stage]
+def test_every_stage_agrees(precision):
+    references = [Reference(config, precision, name=name) for name, config in SMALL.items()]
+    results = [result for stage in run(references) for result in stage]
     assert [result for result in results if not result.passed] == []
-    assert {"noise", "mixed precision", "gradient decoder_pred", "training run"} <= {r.stage for r in results}
+    stages = {result.stage for result in results}
+    assert {"noise", "mixed precision", "gradient decoder_pred", "training run", "fine-tuning"} <= stages
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_choice_agrees(name):
-    """What depends on the model: all up to its gradients."""
-    skipped = {"noise", "mixed_precision", "learning_rate", "update", "gradients_on_devices", "training"}
-    stages = [stage for stage in PRETRAINING if stage not in skipped]
-    results = [result for stage in run(Reference(VARIANTS[name], "float64"), stages) for result in stage]
-    assert [result for result in results if not result.passed] == []
-    assert {"latent", "loss", "gradient decoder_pred", "parameter groups"} <= {result.stage for result in results}
+def test_every_choice_of_a_model_is_compared():
+    """Whatever a configuration offers, some small model has it."""
+    compared = SMALL.values()
+    for field, hint in get_type_hints(ModelConfig).items():
+        if get_origin(hint) is Literal and field not in ("dtype", "attention"):
+            assert {getattr(model, field) for model in compared} == set(get_args(hint)), field
+        if hint is bool:
+            assert {getattr(model, field) for model in compared} == {True, False}, field
+    assert len({model.mask_ratio for model in compared}) >= 4
+    assert {model.in_channels for model in compared} > {1, 3}
 
 
 def test_a_run_leaves_jax_as_it_was():
     before = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-    for _ in run(Reference(SMALL["tiny"], "float64"), ["patchify"]):
+    for _ in run([Reference(SMALL["tiny"], "float64")], ["patchify"]):
         assert (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision) == before
 
 
@@ -112,11 +98,11 @@ def test_command_reports_agreement(tmp_path):
 
 
 def test_command_names_the_first_departure(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(bounds.BOUNDS, "forward", bounds.Bound(-1.0, -1.0, "nothing passes"))
+    monkeypatch.setitem(bounds.BOUNDS, "forward", bounds.Bound(-1.0, -1.0, 0.0, 0.0, "nothing passes"))
     stages = ["patchify", "latent", "loss"]
     monkeypatch.setattr(sys, "argv", ["parity", "--dtype", "float64", "--report", str(tmp_path), "--stages", *stages])
     assert command.main() == 1
-    assert "The first stage that departs is 'latent', tensor 'whole pass'" in capsys.readouterr().out
+    assert "The first stage that departs is 'latent', tensor 'tiny: whole pass'" in capsys.readouterr().out
     (report,) = json.loads((tmp_path / "parity.json").read_text())
     assert report["first_departure"]["stage"] == "latent"
 

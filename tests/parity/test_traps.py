@@ -22,7 +22,7 @@ from mae_jax.config import ModelConfig, TransformerConfig, wide
 from mae_jax.models import blocks, gradients, mae, masking, patches
 from mae_jax.port.compare import Comparison
 from mae_jax.train import classification, mixing, optimizers
-from parity import forward, training, transfer
+from parity import bfloat16, forward, training, transfer
 from parity.sides import STEPS_PER_EPOCH, Reference
 from parity.stages import STAGES, run
 
@@ -33,7 +33,7 @@ MODELS = {
     "transfer": ModelConfig((8, 12), 4, 3, ENCODER, DECODER),
 }
 
-PRETRAINING = [stage.__name__ for stage in (*forward.FORWARD, *training.TRAINING)]
+PRETRAINING = [name for name, stage in STAGES.items() if stage not in transfer.TRANSFER]
 STAGES_OF = {
     "paper": PRETRAINING,
     "learned": PRETRAINING[: PRETRAINING.index("encoder_blocks")],
@@ -357,9 +357,9 @@ TRAPS = [
     Trap(13, rate_of_whole_epochs, training.learning_rate, "learning rate"),
     Trap(13, warm_up_from_step_one, training.learning_rate, "learning rate"),
     Trap(14, summed_gradients, training.gradients_on_devices, "gradient averaged over devices"),
-    Trap(15, low_layer_norm, forward.mixed_precision, "mixed precision", "LayerNorm of 64 + normal"),
-    Trap(15, low_softmax, forward.mixed_precision, "mixed precision", "softmax of large scores"),
-    Trap(15, low_loss, forward.mixed_precision, "mixed precision", "loss of its own prediction"),
+    Trap(15, low_layer_norm, bfloat16.mixed_precision, "mixed precision", "LayerNorm of 64 + normal"),
+    Trap(15, low_softmax, bfloat16.mixed_precision, "mixed precision", "attention of scores of 16, rounded"),
+    Trap(15, low_loss, bfloat16.mixed_precision, "mixed precision", "loss of its own prediction"),
     Trap(16, undivided_drop_path, transfer.drop_path, "drop path", model="transfer"),
     Trap(17, share_as_it_was_drawn, transfer.targets, "cutmix", model="transfer"),
     Trap(18, layer_rates_from_the_head, transfer.layer_decay, "layer decay", model="transfer"),
@@ -392,7 +392,7 @@ def references() -> dict[str, Reference]:
 
 
 def first_departure(reference: Reference, stages: Sequence[str]) -> Comparison | None:
-    return next((result for stage in run(reference, stages) for result in stage if not result.passed), None)
+    return next((result for stage in run([reference], stages) for result in stage if not result.passed), None)
 
 
 def assert_caught(departure: Comparison | None, trap: Trap) -> None:
