@@ -32,6 +32,8 @@ class Arguments:
     """Of the weights, images and noise."""
     batch_size: int | None = None
     """Images, an even number: half on each of two devices. 4 for the small models, 2 for the others by default."""
+    device: Literal["cpu", "gpu", "tpu"] | None = None
+    """Where this project's side is computed; the reference runs on the CPU. By default what JAX finds."""
     report: Path | None = None
     """Write parity.json, parity.md and parity.png into this folder."""
 
@@ -78,6 +80,17 @@ def compare(arguments: Arguments, precision: "Precision") -> "Report":
     return report
 
 
+def find_platform(asked: str | None) -> str | None:
+    """Return where JAX computes: cpu, gpu or tpu. Where what is asked for is not there, print that and return None."""
+    import jax
+
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError):
+        print(f"--device {asked}: JAX finds none here. Leave it out, or install JAX for it", file=sys.stderr)
+        return None
+
+
 def wrong_usage(message: str) -> int:
     """Print what is wrong, and return the exit code for it."""
     print(message, file=sys.stderr)
@@ -96,9 +109,14 @@ def main() -> int:
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=2".strip()
 
+    if arguments.device is not None:
+        platforms = dict.fromkeys((arguments.device, "cpu"))
+        os.environ["JAX_PLATFORMS"] = ",".join(platforms)  # read when jax first looks for devices, too
+
     try:
         from mae_jax.cli.process import keep_programs
         from mae_jax.port.receivers.receiver import NotInstalledError
+        from parity.bounds import ACCELERATORS
         from parity.stages import STAGES
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -117,8 +135,16 @@ def main() -> int:
     if unknown:
         return wrong_usage(f"--stages {' '.join(unknown)}: unknown (there are: {', '.join(STAGES)})")
 
+    platform = find_platform(arguments.device)
+    if platform is None:
+        return 1
     keep_programs()
     precisions: tuple[Precision, ...] = ("float64", "float32") if arguments.dtype == "both" else (arguments.dtype,)
+    if platform == "tpu" and "float64" in precisions:
+        print("a TPU has no float64: the comparison is in float32 alone", flush=True)
+        precisions = ("float32",)
+    if platform != "cpu" and not ACCELERATORS.get(platform):
+        print(f"no bounds are measured for float32 on a {platform} yet: those of a CPU are tried", flush=True)
     reports: list[Report] = []
     try:
         for precision in precisions:

@@ -6,7 +6,7 @@ and none is more than ten times the largest error that is seen without a mistake
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -63,6 +63,10 @@ Kind = Literal[
 COMPUTED = ("stage", "product", "forward", "gradient")
 
 
+# An accelerator's float32, by platform and kind, once it is measured there. Until then the CPU's bounds are tried.
+ACCELERATORS: dict[str, dict[Kind, float]] = {"gpu": {}, "tpu": {}}
+
+
 @dataclass(frozen=True)
 class Pair:
     """A tensor of this project and the reference's, and how closely they have to agree.
@@ -86,10 +90,16 @@ def as_numpy(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
-def compare(pair: Pair, precision: Precision) -> Comparison:
-    """Compare a pair; a result in another precision than claimed is a fault even where its values agree."""
+def compare(pair: Pair, precision: Precision, platform: str = "cpu") -> Comparison:
+    """Compare a pair; a result in another precision than claimed is a fault even where its values agree.
+
+    platform: where this project's side was computed.
+    """
     ours, theirs = as_numpy(pair.ours), as_numpy(pair.theirs)
     wanted = pair.dtype or (precision if pair.kind in COMPUTED else None)
     fault = f"computed in {ours.dtype}" if wanted and ours.dtype != wanted else ""
     bound = BOUNDS[pair.kind].at(precision)
-    return tensors.compare(pair.tensor, ours, theirs, bound, fault=fault, stage=pair.stage)
+    if precision == "float32":
+        bound = ACCELERATORS.get(platform, {}).get(pair.kind, bound)
+    result = tensors.compare(pair.tensor, ours, theirs, bound, fault=fault, stage=pair.stage)
+    return replace(result, kind=pair.kind)

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from scipy import stats
 
 from mae_jax.config import FinetuneConfig, ModelConfig, PretrainConfig, TransformerConfig
-from mae_jax.models import patches
-from mae_jax.port.keys import encoder_config, entries, to_fair
+from mae_jax.models import Params, patches
+from mae_jax.port.keys import Config, encoder_config, entries, to_fair
 from mae_jax.train import classification, objective
 from parity.bounds import Pair, Pairs
 from parity.sides import Ours, Reference
@@ -58,7 +58,7 @@ def initial_weights(ours: Ours, reference: Reference) -> Pairs:
     model, seed = replace(WIDE, dtype=reference.precision), reference.run_config.seed
     tokens = replace(model, encoder_mask_tokens=True)
     tuned = FinetuneConfig(model=model, classes=CLASSES, pooling="class", seed=seed, head_std=0.01)
-    made = {
+    made: dict[str, tuple[Config, Params]] = {
         "pretraining": (model, objective.Pretraining(PretrainConfig(model=model, seed=seed)).init()),
         "mask tokens in the encoder": (tokens, objective.Pretraining(PretrainConfig(model=tokens, seed=seed)).init()),
         "classifier": (tuned.classifier, classification.Classification(tuned).init()),

@@ -46,7 +46,7 @@ def run_config(model: ModelConfig, batch_size: int, seed: int) -> PretrainConfig
     )
 
 
-def draw_weights(model: torch_mae.MaskedAutoencoder, generator: np.random.Generator) -> Tensors:
+def draw_weights(model: torch.nn.Module, generator: np.random.Generator) -> Tensors:
     """Draw random weights, no tensor of which is constant: a mistake in a bias or a scale has to show.
 
     Kernels are xavier uniform; LayerNorm scales lie about 1; biases, tokens and learned positions about 0.

@@ -52,7 +52,7 @@ def _results(name: str, ours: dict[str, Ours], reference: Reference, prefix: str
             ours[reference.name] = Ours(reference)
         pairs: Pairs = STAGES[name](ours[reference.name], reference)
         for pair in pairs:
-            result = compare(pair, reference.precision)
+            result = compare(pair, reference.precision, jax.default_backend())
             yield replace(result, tensor=prefix + result.tensor)
     except Exception as error:  # whatever a mistake makes any layer raise
         words = " ".join(str(error).split())[:200]

@@ -13,7 +13,7 @@ class Comparison:
     """How far apart two tensors are: max |a - b|, and that over max |b|.
 
     fault: what is wrong beside the values, if anything is.
-    stage: the part of a whole that the tensor belongs to.
+    stage: the part of a whole that the tensor belongs to. kind: of bound, where there are several.
     """
 
     tensor: str
@@ -22,6 +22,7 @@ class Comparison:
     bound: float
     fault: str = ""
     stage: str = ""
+    kind: str = ""
 
     @property
     def passed(self) -> bool:
