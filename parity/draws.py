@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt, UInt32
 from scipy import special
 
 Key = UInt32[np.ndarray, "2"]
-Dtype = Literal["float64", "float32"]
 
 # The numbers by which streams of draws are kept apart, which a run's results depend on.
 STREAMS = (
@@ -44,8 +44,8 @@ def threefry(key: Key, counters: UInt[np.ndarray, "*shape 2"]) -> UInt32[np.ndar
     words = [int(word) for word in key]
     words.append(words[0] ^ words[1] ^ _PARITY)
     # 64 bits to a word, so that a sum modulo 2^32 is written as one.
-    left, right = (counters[..., i].astype(np.uint64) for i in (0, 1))
-    left, right = (left + words[0]) % _WORD, (right + words[1]) % _WORD
+    counters = counters.astype(np.uint64)
+    left, right = (counters[..., 0] + words[0]) % _WORD, (counters[..., 1] + words[1]) % _WORD
     for group in range(1, 6):
         for distance in _ROTATIONS[(group - 1) % 2]:
             left = (left + right) % _WORD
@@ -84,31 +84,31 @@ def _encrypted(key: Key, shape: Sequence[int]) -> UInt32[np.ndarray, "*shape 2"]
     return threefry(key, np.stack([numbers // _WORD, numbers % _WORD], axis=-1))
 
 
-def uniform(key: Key, shape: Sequence[int] = (), dtype: Dtype = "float32") -> Float[np.ndarray, "..."]:
+def uniform(key: Key, shape: Sequence[int] = (), dtype: str = "float32") -> Float[np.ndarray, "..."]:
     """Draw uniforms in [0, 1): the highest 23 bits of a word over 2^23, or in float64 52 over 2^52."""
-    width, kept = (32, 23) if dtype == "float32" else (64, 52)
-    whole = bits(key, shape, width) >> (width - kept)
-    return np.asarray(whole / 2**kept, dtype)
+    if dtype == "float32":
+        return np.asarray((bits(key, shape, 32) >> 9) / 2**23, dtype)
+    return np.asarray((bits(key, shape, 64) >> 12) / 2**52, dtype)
 
 
-def normal(key: Key, shape: Sequence[int], dtype: Dtype = "float32") -> Float[np.ndarray, "..."]:
+def normal(key: Key, shape: Sequence[int], dtype: str = "float32") -> Float[np.ndarray, "..."]:
     """Draw normals: sqrt(2) erfinv(u) of a u uniform in (-1, 1), by SciPy in float64, then rounded.
 
     XLA's inverse of erf is a polynomial, so that the last digits differ.
     """
-    # The lowest u would be -1, of which the normal is infinite: it is the next number above.
+    # -1, of which the normal is infinite, is left out: the range begins at the next number above.
     lowest = np.nextafter(np.array(-1, dtype), np.array(0, dtype))
-    u = np.maximum(uniform(key, shape, dtype) * 2 - 1, lowest)
+    u = np.maximum(uniform(key, shape, dtype) * 2 + lowest, lowest)
     return (math.sqrt(2) * special.erfinv(u.astype(np.float64))).astype(dtype)
 
 
-def beta(key: Key, alpha: float, dtype: Dtype = "float32") -> float:
+def beta(key: Key, alpha: float, dtype: str = "float32") -> float:
     """Draw a share from Beta(alpha, alpha) with a key that was computed here.
 
     JAX draws it: by rejection, with as many bits as it takes, which no closed form can be held against. What is left to
     this project are the key, alpha and the dtype; `tests/parity/test_draws.py` compares the distribution.
     """
-    return float(jax.random.beta(jax.random.wrap_key_data(key), alpha, alpha, dtype=dtype))
+    return float(jax.random.beta(jax.random.wrap_key_data(jnp.asarray(key)), alpha, alpha, dtype=dtype))
 
 
 def device_key(seed: int, stream: str) -> Key:
