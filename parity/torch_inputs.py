@@ -139,12 +139,18 @@ def canvas(file: bytes, config: RunConfig, position: int) -> tuple[UInt8[np.ndar
 def device_crop(
     square: UInt8[np.ndarray, "S S C"], box: Box, flip: bool, image_hw: tuple[int, int]
 ) -> UInt8[np.ndarray, "H W C"]:
-    """Cut a box out of the square, as if there were nothing around the pixels that it touches, resize and flip."""
+    """Cut a box out of the square, as if there were nothing around the pixels that it touches, resize and flip.
+
+    Columns are resampled before rows, and bytes are rounded in between: Pillow by itself takes first what leaves less
+    to do, so that it is called once for each.
+    """
     touched = _whole(box)
     image = Image.fromarray(square.squeeze(-1) if square.shape[-1] == 1 else square).crop(touched)
-    left, top = touched[:2]
-    inner = (box[0] - left, box[1] - top, min(box[2] - left, image.width), min(box[3] - top, image.height))
-    return _as_array(image.resize(image_hw[::-1], Image.Resampling.BICUBIC, inner), flip)
+    left, right = box[0] - touched[0], min(box[2] - touched[0], image.width)
+    top, bottom = box[1] - touched[1], min(box[3] - touched[1], image.height)
+    height, width = image_hw
+    narrowed = image.resize((width, image.height), Image.Resampling.BICUBIC, (left, 0, right, image.height))
+    return _as_array(narrowed.resize((width, height), Image.Resampling.BICUBIC, (0, top, width, bottom)), flip)
 
 
 def _whole(box: Box) -> tuple[int, int, int, int]:
