@@ -39,7 +39,7 @@ class Pictures:
     """Files in memory as a source of images; the class of each is its number."""
 
     in_memory = True
-    class_names = ()
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, files: list[bytes]) -> None:
         self.files = files
@@ -160,8 +160,8 @@ def boxes(ours: Ours, reference: Reference) -> Pairs:
             yield Pair("boxes", f"{crop}, seed {seed}", np.array(drawn), np.array(theirs), "exact")
             if crop == "random":
                 mirrored = [flips(config.augment, draw("flip", position)) for position in range(64)]
-                theirs = [torch_inputs.flipped(config, position) for position in range(64)]
-                yield Pair("flips", f"seed {seed}", mirrored, theirs, "exact")
+                expected = [torch_inputs.flipped(config, position) for position in range(64)]
+                yield Pair("flips", f"seed {seed}", mirrored, expected, "exact")
 
 
 def host_crops(ours: Ours, reference: Reference) -> Pairs:
@@ -217,15 +217,21 @@ def pretraining_inputs(ours: Ours, reference: Reference) -> Pairs:
 Prepare = Callable[[np.ndarray, np.ndarray, int], classification.Examples]
 
 
-def compiled(config: FinetuneConfig) -> Prepare:
-    """Compile what prepares a batch of fine-tuning at `POSITIONS`: images as bytes, labels and the step."""
+def prepared(config: FinetuneConfig) -> Prepare:
+    """Return what prepares a batch of fine-tuning at `POSITIONS`: images as bytes, labels and the step."""
     task = classification.Classification(config)
 
-    @jax.jit
-    def prepare(images: jax.Array, labels: jax.Array, step: jax.Array) -> classification.Examples:
-        return task.inputs(objective.Batch(images, jnp.asarray(POSITIONS), labels=labels), images, step)
+    def prepare(images: np.ndarray, labels: np.ndarray, step: int) -> classification.Examples:
+        return task.inputs(
+            objective.Batch(images, POSITIONS, labels=labels), jnp.asarray(images), jnp.asarray(step, jnp.int32)
+        )
 
-    return lambda images, labels, step: prepare(images, labels, jnp.asarray(step, jnp.int32))
+    return prepare
+
+
+def compiled(config: FinetuneConfig) -> Prepare:
+    """Compile it as one program, quickly: what is drawn does not depend on how fast it is."""
+    return jax.jit(prepared(config), compiler_options={"xla_backend_optimization_level": 0})
 
 
 def erasing(ours: Ours, reference: Reference) -> Pairs:
@@ -248,13 +254,13 @@ def erasing(ours: Ours, reference: Reference) -> Pairs:
         yield Pair("erasing", f"images, {what}", made, theirs.movedim(1, -1), "normal")
 
 
-# Every choice between the two ways to mix.
+# Every choice between the two ways to mix, and how many steps show it.
 MIXES = {
-    "mixup": MixConfig(mixup=0.8),
-    "cutmix": MixConfig(cutmix=0.7),
-    "both, cutmix never": MixConfig(mixup=0.8, cutmix=0.3, cutmix_share=0.0),
-    "both, cutmix always": MixConfig(mixup=0.3, cutmix=0.8, cutmix_share=1.0),
-    "both": MixConfig(mixup=0.8, cutmix=1.0),
+    "mixup": (MixConfig(mixup=0.8), 2),
+    "cutmix": (MixConfig(cutmix=0.7), 2),
+    "both, cutmix never": (MixConfig(mixup=0.8, cutmix=0.3, cutmix_share=0.0), 1),
+    "both, cutmix always": (MixConfig(mixup=0.3, cutmix=0.8, cutmix_share=1.0), 1),
+    "both": (MixConfig(mixup=0.8, cutmix=1.0), 3),
 }
 
 
@@ -267,10 +273,10 @@ def mixing(ours: Ours, reference: Reference) -> Pairs:
     rows = np.arange(len(POSITIONS), dtype=np.int32)
     images = np.broadcast_to((255 * (rows % 2)).astype(np.uint8)[:, None, None, None], (len(rows), *MODEL.image_hw, 3))
     plain = reference_augment(mean=(0.0,) * 3, std=(1.0,) * 3)
-    for number, (name, mix) in enumerate(MIXES.items()):
+    for number, (name, (mix, steps)) in enumerate(MIXES.items()):
         config = finetuning(reference, mix, augment=plain, seed=seeds(reference)[number % 2])
-        prepare = compiled(config)
-        for step in (0, 1, 2):
+        prepare = prepared(config)  # one operation at a time, each of which is compiled once for all choices
+        for step in range(steps):
             made = prepare(images, rows, step)
             first, targets = np.asarray(made.images)[0, :, :, 0], np.asarray(made.targets)
             drawn = torch_inputs.mixing(mix, config.seed, step, reference.precision)
@@ -297,7 +303,7 @@ def classification_inputs(ours: Ours, reference: Reference) -> Pairs:
     mix = MixConfig(smoothing=0.1, mixup=0.8, cutmix=1.0, erase=0.5)
     config = finetuning(reference, mix, classes=CLASSES)
     prepare = compiled(config)
-    for step in (0, 1, 2, 3):
+    for step in range(4):
         made = prepare(images, labels, step)
         theirs, targets, uniforms = torch_inputs.classification_inputs(config, images, labels, POSITIONS, step)
         stage = "classification inputs"
