@@ -16,14 +16,13 @@ import numpy as np
 import optax
 import torch
 
-from mae_jax import rng
 from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig, wide
 from mae_jax.models import Params, mae
 from mae_jax.port.keys import Tensors, from_fair, to_fair
 from mae_jax.train import engines, objective, optimizers
 from mae_jax.train import step as steps
 from mae_jax.train.step import merge, select
-from parity import torch_mae, torch_train
+from parity import torch_inputs, torch_mae, torch_train
 from parity.bounds import Precision
 
 STEPS = 20  # of the training run
@@ -78,7 +77,6 @@ class Reference:
         self.positions = np.arange(STEPS * batch_size, dtype=np.uint32).reshape(STEPS, batch_size)
         shape = (STEPS, batch_size, *config.image_hw, config.in_channels)
         self.bytes = generator.integers(0, 256, shape, dtype=np.uint8)
-        self.noise = self._noise()
 
         self.model = torch_mae.MaskedAutoencoder(self.config).to(getattr(torch, precision))
         weights = draw_weights(self.model, generator) | self._fitted()
@@ -94,18 +92,21 @@ class Reference:
         mean, basis = torch_mae.principal_components(patches, self.config.pca_components)
         return {"target.mean": mean.numpy(), "target.basis": basis.numpy()}
 
-    def _noise(self) -> np.ndarray:
-        """Draw the noise of every step (steps, B, L), each example's row alone."""
-        key = rng.device_key(self.run_config.seed, "mask")
-        draw = jax.jit(lambda position: rng.example_uniforms(key, position[None], self.config.num_patches)[0])
-        return np.stack([[draw(position) for position in row] for row in self.positions])
-
     @cached_property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the batches of all steps: normalised images (steps, B, C, H, W), and noise (steps, B, L)."""
+        batches = zip(self.bytes, self.positions, strict=True)
+        made = [torch_inputs.pretraining_inputs(self.run_config, images, positions) for images, positions in batches]
+        images, noise = zip(*made, strict=True)
+        return torch.stack(images), torch.stack(noise)
+
+    @property
     def images(self) -> torch.Tensor:
-        """Normalise the images of all steps: (steps, B, C, H, W)."""
-        augment, dtype = self.run_config.augment, getattr(torch, self.precision)
-        mean, std = (torch.tensor(values, dtype=dtype) for values in (augment.mean, augment.std))
-        return ((torch.from_numpy(self.bytes).to(dtype) / 255 - mean) / std).movedim(-1, 2)
+        return self.inputs[0]
+
+    @property
+    def noise(self) -> np.ndarray:
+        return self.inputs[1].numpy()
 
     @cached_property
     def first_pass(self) -> tuple[Tensors, Tensors]:

@@ -11,11 +11,12 @@ from parity.bfloat16 import BFLOAT16
 from parity.bounds import Pairs, compare
 from parity.forward import FORWARD
 from parity.initial import INITIAL
+from parity.input_stages import INPUTS
 from parity.sides import Ours, Reference
 from parity.training import EVERY_GRADIENT, TRAINING
 from parity.transfer import TRANSFER
 
-STAGES = {stage.__name__: stage for stage in (*INITIAL, *FORWARD, *BFLOAT16, *TRAINING, *TRANSFER)}
+STAGES = {stage.__name__: stage for stage in (*INPUTS, *INITIAL, *FORWARD, *BFLOAT16, *TRAINING, *TRANSFER)}
 
 # What depends on the choices of a model; the rest is compared with the first model alone.
 EVERY_MODEL = {stage.__name__ for stage in (*FORWARD, *EVERY_GRADIENT)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -115,45 +115,6 @@ def averaged(average: dict[str, np.ndarray], module: nn.Module, decay: float | N
 
 
 # --- fine-tuning and linear probing -----------------------------------------------------------------------------------
-
-
-def smoothed(
-    labels: Int[Tensor, "B"], classes: int, smoothing: float, dtype: torch.dtype
-) -> Float[Tensor, "B classes"]:
-    """Make targets whose cross entropy is PyTorch's own with `label_smoothing` (Szegedy et al. 2015, section 7)."""
-    targets = torch.full((len(labels), classes), smoothing / classes, dtype=dtype)
-    for row, label in zip(targets, labels.tolist(), strict=True):
-        row[label] += 1 - smoothing
-    return targets
-
-
-def partner(row: int) -> int:
-    """Return the row with which a row is mixed: its neighbour."""
-    return row + 1 if row % 2 == 0 else row - 1
-
-
-def mixup(images: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Mix images and targets with their neighbours, row by row (Zhang et al. 2017, equation 1)."""
-    order = [partner(row) for row in range(len(images))]
-    return images * share + images[order] * (1 - share), targets * share + targets[order] * (1 - share)
-
-
-def cutmix(images: Tensor, targets: Tensor, share: float, centre: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Paste a box of the neighbour into images (B, C, H, W), as timm does (Yun et al. 2019, section 3.1).
-
-    The share of the targets is that of the pixels that stay."""
-    height, width = images.shape[2:]
-    ratio = math.sqrt(1 - share)
-    bounds = []
-    for size, middle in zip((height, width), centre, strict=True):
-        side, place = int(size * ratio), int(middle * size)
-        bounds.append((max(place - side // 2, 0), min(place + (side + 1) // 2, size)))
-    (top, bottom), (left, right) = bounds
-    mixed = images.clone()
-    order = [partner(row) for row in range(len(images))]
-    mixed[:, :, top:bottom, left:right] = images[order][:, :, top:bottom, left:right]
-    stays = 1 - (bottom - top) * (right - left) / (height * width)
-    return mixed, targets * stays + targets[order] * (1 - stays)
 
 
 def survival(uniforms: Float[Tensor, "B depth 2"], rate: float) -> Float[Tensor, "B depth 2"]:

@@ -15,7 +15,7 @@ from mae_jax.models import blocks as layers
 from mae_jax.port.keys import entries, from_fair, to_fair
 from mae_jax.train import classification, engines, mixing, objective, optimizers
 from mae_jax.train import step as steps
-from parity import torch_mae, torch_train
+from parity import torch_inputs, torch_mae, torch_train
 from parity.bounds import Pair, Pairs
 from parity.sides import Ours, Reference
 from parity.training import at, without_key_bias
@@ -67,17 +67,21 @@ class Transfer:
         return objective.Batch(self.bytes[step], self.positions[step], labels=self.labels[step])
 
     @cached_property
-    def inputs(self) -> list[classification.Examples]:
-        """Draw and mix each step's examples as our objective does; both sides train on them."""
-        task = classification.Classification(self.config)
-        prepare = jax.jit(lambda batch, step: task.inputs(batch, jnp.asarray(batch.images), step))
-        return [prepare(self.batch(step), jnp.asarray(step)) for step in range(STEPS)]
+    def inputs(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Make each step's batch for the reference: images (B, C, H, W), targets, and drop path's uniforms."""
+        rows = zip(self.bytes, self.labels, self.positions, range(STEPS), strict=False)
+        return [torch_inputs.classification_inputs(self.config, *row) for row in rows]
 
     def torch_inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return these examples as tensors: images (B, C, H, W), targets, and what drop path multiplies by."""
-        images, targets, uniforms = (torch.from_numpy(np.array(values)) for values in self.inputs[step])
-        survival = torch_train.survival(uniforms, self.config.drop_path)
-        return images.movedim(-1, 1).contiguous(), targets, survival
+        """Return images (B, C, H, W), targets, and what drop path multiplies by."""
+        images, targets, uniforms = self.inputs[step]
+        return images, targets, torch_train.survival(uniforms, self.config.drop_path)
+
+    def examples(self, step: int) -> classification.Examples:
+        """Return the same batch for our model, where it is compared by itself; its steps make their own."""
+        images, targets, uniforms = self.inputs[step]
+        arrays = (jnp.asarray(values.numpy()) for values in (images.movedim(1, -1), targets, uniforms))
+        return classification.Examples(*arrays)
 
     def run(self, params: Params) -> tuple[list[steps.Metrics], Params]:
         """Run the compiled steps over two devices where there are two, from these parameters."""
@@ -99,18 +103,18 @@ def targets(ours: Ours, reference: Reference) -> Pairs:
     dtype, images = reference.precision, reference.images[0]
     labels = generator.integers(0, CLASSES, len(images))
     plain = mixing.smooth_targets(jnp.asarray(labels), CLASSES, 0.1, dtype)
-    theirs = torch_train.smoothed(torch.from_numpy(labels), CLASSES, 0.1, images.dtype)
+    theirs = torch_inputs.smoothed(torch.from_numpy(labels), CLASSES, 0.1, images.dtype)
     yield Pair("label smoothing", "targets", plain, theirs, "stage")
     for share, centre in ((0.3, (0.1, 0.6)), (0.9, (0.5, 0.5)), (0.0, (0.4, 0.7))):
         drawn = f"share {share}"
         ours_mixed = mixing.mixup(ours.images, plain, jnp.asarray(share, dtype))
         for what, mine, other in zip(
-            ("images", "targets"), ours_mixed, torch_train.mixup(images, theirs, share), strict=True
+            ("images", "targets"), ours_mixed, torch_inputs.mixup(images, theirs, share), strict=True
         ):
             yield Pair("mixup", f"{what}, {drawn}", mine, _like_ours(other), "stage")
         box = mixing.cutmix_box(jnp.asarray(share, dtype), jnp.asarray(centre, dtype), *images.shape[2:])
         ours_cut = mixing.cutmix(ours.images, plain, box)
-        their_cut = torch_train.cutmix(images, theirs, share, centre)
+        their_cut = torch_inputs.cutmix(images, theirs, share, centre)
         yield Pair("cutmix", f"images, {drawn}", ours_cut[0], _like_ours(their_cut[0]), "exact")
         yield Pair("cutmix", f"targets, {drawn}", ours_cut[1], their_cut[1], "stage")
 
@@ -137,7 +141,7 @@ def classifier(ours: Ours, reference: Reference) -> Pairs:
         if pooling == "class" and not reference.config.class_token:
             continue
         transfer = Transfer(ours, reference, pooling=pooling)
-        task, inputs = classification.Classification(transfer.config), transfer.inputs[0]
+        task, inputs = classification.Classification(transfer.config), transfer.examples(0)
         model = transfer.torch_model()
         images, goal, survival = transfer.torch_inputs(0)
         logits = model(images, survival)
@@ -243,7 +247,7 @@ def probing(ours: Ours, reference: Reference) -> Pairs:
     probe.eval()
     images = transfer.torch_inputs(0)[0]
     folded = classification.fold_batch_norm(jax.tree.map(jnp.asarray, final))
-    logits = classification.Classifier(transfer.classifier).apply({"params": folded}, transfer.inputs[0].images)
+    logits = classification.Classifier(transfer.classifier).apply({"params": folded}, transfer.examples(0).images)
     with torch.no_grad():
         yield Pair(stage, "BatchNorm put into the head", logits, probe(encoder.pool(images)), "training")
 
