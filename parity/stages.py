@@ -21,6 +21,12 @@ STAGES = {stage.__name__: stage for stage in (*INPUTS, *INITIAL, *FORWARD, *BFLO
 # What depends on the choices of a model; the rest is compared with the first model alone.
 EVERY_MODEL = {stage.__name__ for stage in (*FORWARD, *EVERY_GRADIENT)}
 
+# What is drawn, moved and counted, and the parts of bfloat16 models, are the same at either precision of the rest.
+EITHER_PRECISION = {
+    "order", "decoding", "boxes", "host_crops", "device_crops", "patchify", "position_tables", "noise", "masks",
+    "parameter_groups", "layer_decay", "mixed_precision", "mixed_precision_pass",
+}  # fmt: skip
+
 
 def run(references: Sequence[Reference], stages: Sequence[str] = (), stop: bool = False) -> Iterator[list[Comparison]]:
     """Run these stages, or all, one after another, each with every model that it depends on; yield a stage's results.

@@ -104,12 +104,14 @@ def tune_compiler(block: int | None) -> None:
     os.environ["XLA_FLAGS"] = " ".join(given + [flag for flag in flags if flag.partition("=")[0] not in names])
 
 
-def keep_programs() -> Path | None:
+def keep_programs(least_seconds: float = 0.1) -> Path | None:
     """Keep what is compiled from now on in the user's cache, and use what was kept there.
 
     JAX's own variables come first: JAX_COMPILATION_CACHE_DIR puts the programs elsewhere, and
     JAX_ENABLE_COMPILATION_CACHE=false keeps none. A folder that cannot be used is no failure. Neither is a program that
     asks for its memory in several blocks (`tune_compiler`), which XLA cannot write: it is compiled again.
+
+    least_seconds: what is compiled faster is not kept.
 
     Returns:
       the folder; None where nothing can be kept.
@@ -120,6 +122,8 @@ def keep_programs() -> Path | None:
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
     warnings.filterwarnings("ignore", SEVERAL_BLOCKS)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     if jax.config.values["jax_compilation_cache_dir"]:
         return Path(jax.config.values["jax_compilation_cache_dir"])
     try:
@@ -132,8 +136,6 @@ def keep_programs() -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", KEPT_BYTES)
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
 
 
