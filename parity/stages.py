@@ -1,4 +1,4 @@
-"""All stages in the order data flows, from bytes to a trained model and what is made of it; and how they are run."""
+"""All stages in the order data flows, from files to a trained model and what is made of it; and how they are run."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,11 +7,12 @@ import jax
 from mae_jax.port.compare import Comparison
 from parity.bounds import compare
 from parity.forward import FORWARD
+from parity.input_stages import INPUTS
 from parity.sides import Ours, Reference
 from parity.training import TRAINING
 from parity.transfer import TRANSFER
 
-STAGES = {stage.__name__: stage for stage in (*FORWARD, *TRAINING, *TRANSFER)}
+STAGES = {stage.__name__: stage for stage in (*INPUTS, *FORWARD, *TRAINING, *TRANSFER)}
 
 
 def run(reference: Reference, stages: Sequence[str] = ()) -> Iterator[list[Comparison]]:

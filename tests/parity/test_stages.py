@@ -14,13 +14,14 @@ from mae_jax.config import MODELS, ModelConfig, TransformerConfig
 from parity import __main__ as command
 from parity import bounds
 from parity.bounds import Pair
+from parity.input_stages import INPUTS
 from parity.models import SMALL, TARGETS
 from parity.sides import Reference
 from parity.stages import STAGES, run
 from parity.transfer import TRANSFER
 from tests.quick import as_users_compile
 
-PRETRAINING = [name for name, stage in STAGES.items() if stage not in TRANSFER]
+PRETRAINING = [name for name, stage in STAGES.items() if stage not in (*INPUTS, *TRANSFER)]
 
 ENCODER, DECODER = TransformerConfig(32, 2, 2), TransformerConfig(24, 1, 3)
 VARIANTS = {
@@ -72,7 +73,18 @@ def test_a_run_leaves_jax_as_it_was():
 
 
 def test_stages_are_in_the_order_data_flows():
-    order = ["patchify", "position_tables", "masks", "encoder_blocks", "latent", "decoder_blocks", "loss", "gradients"]
+    order = [
+        "order",
+        "host_crops",
+        "patchify",
+        "position_tables",
+        "masks",
+        "encoder_blocks",
+        "latent",
+        "decoder_blocks",
+        "loss",
+        "gradients",
+    ]
     assert [name for name in STAGES if name in order] == order
     assert list(STAGES)[-3:] == ["classifier", "probing", "finetuning"]
 
