@@ -76,12 +76,12 @@ def test_a_whole_square_is_cut_as_it_is():
 
 def test_an_erased_rectangle_has_the_published_size():
     drawn = [torch_inputs.erased(0, position, 0.25, (224, 224), "float32")[0] for position in range(400)]
-    boxes = [box for box in drawn if box is not None]
-    assert 0.2 < len(boxes) / len(drawn) < 0.3
-    for box in boxes:
-        rows, columns = box.bottom - box.top, box.right - box.left
-        assert 0 <= box.top < box.bottom <= 224
-        assert 0 <= box.left < box.right <= 224
+    erased = [rectangle for rectangle in drawn if rectangle is not None]
+    assert 0.2 < len(erased) / len(drawn) < 0.3
+    for each in erased:
+        rows, columns = each.bottom - each.top, each.right - each.left
+        assert 0 <= each.top < each.bottom <= 224
+        assert 0 <= each.left < each.right <= 224
         assert 0.019 < rows * columns / 224**2 < 0.34
         assert 0.29 < rows / columns < 3.4
 
