@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,8 @@ def finetuning(reference: Reference, mix: MixConfig, **changes: Any) -> Finetune
     return replace(config, **changes)
 
 
-def seeds(reference: Reference) -> tuple[int, ...]:
+def seeds(reference: Reference) -> tuple[int, int]:
+    """Return the run's own seed, and the largest that there is."""
     return reference.run_config.seed, LAST_SEED
 
 
@@ -119,7 +120,8 @@ def read(source: Pictures, config: PretrainConfig, start_step: int, steps: int) 
     """Read some steps of the stream as one batch."""
     with stream.training_batches(source, config, start_step=start_step, stop_step=start_step + steps) as batches:
         found = list(batches)
-    return {key: np.concatenate([batch[key] for batch in found]) for key in found[0]}  # type: ignore
+    joined = {key: np.concatenate([cast(dict, batch)[key] for batch in found]) for key in found[0]}
+    return cast(stream.TrainingBatch, joined)
 
 
 # --- from files to bytes --------------------------------------------------------------------------------------------
@@ -208,9 +210,8 @@ def device_crops(ours: Ours, reference: Reference) -> Pairs:
 
 def pretraining_inputs(ours: Ours, reference: Reference) -> Pairs:
     """Compare normalised images, and the noise of masks at both ends of the stream."""
-    images = np.random.default_rng(reference.run_config.seed).integers(
-        0, 256, (len(POSITIONS), *MODEL.image_hw, 3), dtype=np.uint8
-    )
+    generator = np.random.default_rng(reference.run_config.seed)
+    images = generator.integers(0, 256, (len(POSITIONS), *MODEL.image_hw, 3), dtype=np.uint8)
     for seed in seeds(reference):
         config = pretraining(reference, seed=seed)
         batch = objective.Batch(images, POSITIONS)
@@ -237,7 +238,7 @@ def prepared(config: FinetuneConfig) -> Prepare:
 
 
 def compiled(config: FinetuneConfig) -> Prepare:
-    """Compile it as one program, quickly: what is drawn does not depend on how fast it is."""
+    """Compile it as one program, with few optimisations: seconds less, and the same draws."""
     return jax.jit(prepared(config), compiler_options={"xla_backend_optimization_level": 0})
 
 
