@@ -174,13 +174,14 @@ def boxes(ours: Ours, reference: Reference) -> Pairs:
 def host_crops(ours: Ours, reference: Reference) -> Pairs:
     """Compare the bytes of batches that the host cuts, with every kind of crop."""
     source = draw_pictures(reference.run_config.seed)
-    for crop, flip in (("random", True), ("random", False), ("fixed", True), ("center", True)):
+    others = replace(AUGMENT, flip=False), replace(AUGMENT, crop="fixed"), replace(AUGMENT, crop="center")
+    for augment in (AUGMENT, *others):
         for seed in seeds(reference):
-            config = pretraining(reference, seed=seed, augment=replace(AUGMENT, crop=crop, flip=flip))
+            config = pretraining(reference, seed=seed, augment=augment)
             batch = read(source, config, 0, 3)
             shown = zip(batch["label"].tolist(), batch["position"].tolist(), strict=True)
             theirs = [torch_inputs.host_crop(source.files[image], config, position) for image, position in shown]
-            what = f"{crop}, {'flips' if flip else 'no flips'}, seed {seed}"
+            what = f"{augment.crop}, {'flips' if augment.flip else 'no flips'}, seed {seed}"
             yield Pair("crops on the host", what, batch["image"], np.stack(theirs), "exact")
 
 

@@ -94,15 +94,15 @@ def test_shares_follow_beta_of_their_alpha(alpha, dtype):
 
 
 def test_streams_have_their_numbers():
-    assert dict(zip(draws.STREAMS, range(len(draws.STREAMS)), strict=True)) == rng.STREAMS
+    assert draws.STREAMS == rng.STREAMS
 
 
-@given(WORDS, st.sampled_from(draws.STREAMS), WORDS)
+@given(WORDS, st.sampled_from(sorted(draws.STREAMS)), WORDS)
 def test_host_generators_give_the_same_draws(seed, stream, position):
     ours, theirs = rng.host_generator(seed, stream, position), draws.host_generator(seed, stream, position)
     assert ours.integers(2**63, size=6).tolist() == theirs.integers(2**63, size=6).tolist()
     state = theirs.bit_generator.state["state"]
-    assert state["key"].tolist() == [seed, draws.STREAMS.index(stream)]
+    assert state["key"].tolist() == [seed, draws.STREAMS[stream]]
 
 
 @given(WORDS, st.lists(WORDS, min_size=2, max_size=2, unique=True))
