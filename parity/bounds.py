@@ -47,7 +47,7 @@ BOUNDS = {
     "table": Bound(2.0**-23, 2.0**-23, 0.0, 0.0, "computed in float64 and stored as float32: one rounding"),
     "stage": Bound(1e-13, 1e-6, 3e-15, 7.5e-7, "a few roundings of one stage fed with the same input"),
     "product": Bound(1e-13, 2e-6, 3e-15, 1.3e-6, "one product with no residual beside it, of up to 512 terms"),
-    "normal": Bound(1e-11, 1e-5, 1e-12, 1e-6, "by inverting erf, whose slope multiplies the rounding of a uniform"),
+    "normal": Bound(1e-11, 1e-5, 1e-12, 1e-6, "the inverse of erf: its slope multiplies the rounding of a uniform"),
     "forward": Bound(1e-13, 5e-6, 3e-15, 1.2e-6, "roundings of all stages before it, carried by the residual stream"),
     "gradient": Bound(1e-12, 1e-5, 2.1e-15, 7.2e-7, "roundings of the forward and the backward pass"),
     "training": Bound(1e-12, 1e-5, 4.7e-14, 1.3e-7, "up to 20 updates: each adds the rounding of its gradient"),
@@ -58,7 +58,18 @@ BOUNDS = {
     "bfloat16": Bound(2**-5, 2**-5, 1e-2, 1e-2, "a pass whose products are rounded to bfloat16, 2^-8 each"),
 }
 Kind = Literal[
-    "exact", "table", "stage", "product", "forward", "gradient", "training", "float32", "cancelled", "alike", "bfloat16"
+    "exact",
+    "table",
+    "stage",
+    "product",
+    "normal",
+    "forward",
+    "gradient",
+    "training",
+    "float32",
+    "cancelled",
+    "alike",
+    "bfloat16",
 ]
 # What is computed in the precision of the comparison, and has to come in it.
 COMPUTED = ("stage", "product", "forward", "gradient")

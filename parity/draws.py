@@ -18,21 +18,21 @@ from scipy import special
 Key = UInt32[np.ndarray, "2"]
 
 # The numbers by which streams of draws are kept apart, which a run's results depend on.
-STREAMS = (
-    "init",
-    "order",
-    "crop",
-    "flip",
-    "mask",
-    "samples",
-    "jitter",
-    "rand_augment",
-    "mix",
-    "erase",
-    "drop_path",
-    "head",
-    "target",
-)
+STREAMS = {
+    "init": 0,
+    "order": 1,
+    "crop": 2,
+    "flip": 3,
+    "mask": 4,
+    "samples": 5,
+    "jitter": 6,
+    "rand_augment": 7,
+    "mix": 8,
+    "erase": 9,
+    "drop_path": 10,
+    "head": 11,
+    "target": 12,
+}
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of the odd and of the even groups of four rounds
 _PARITY = 0x1BD11BDA  # of the key schedule, which makes no key all zeros
@@ -113,7 +113,7 @@ def beta(key: Key, alpha: float, dtype: str = "float32") -> float:
 
 def device_key(seed: int, stream: str) -> Key:
     """Make the key of a stream on the device."""
-    return fold_in(key_of(seed), STREAMS.index(stream))
+    return fold_in(key_of(seed), STREAMS[stream])
 
 
 def example_key(seed: int, stream: str, position: int) -> Key:
@@ -127,5 +127,5 @@ def host_generator(seed: int, stream: str, position: int) -> np.random.Generator
     The seed is the low word of the key and the stream's number its high one; the position is the counter's highest of
     four words, so that every example has 2^192 counters of its own.
     """
-    key = seed + (STREAMS.index(stream) << 64)
+    key = seed + (STREAMS[stream] << 64)
     return np.random.Generator(np.random.Philox(key=key, counter=position << 192))

@@ -8,18 +8,19 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from PIL import Image
 
 from mae_jax import rng
 from mae_jax.config import AugmentConfig, FinetuneConfig, MixConfig, ModelConfig, PretrainConfig, TransformerConfig
-from mae_jax.data.images.box import choose_box, flips
-from mae_jax.data.images.decode import Picture, open_picture
-from mae_jax.data.stream import TrainingBatch, training_batches
+from mae_jax.data import stream
+from mae_jax.data.images import box as choice
+from mae_jax.data.images import decode
 from mae_jax.train import classification, crops, objective
 from parity import torch_inputs
 from parity.bounds import Pair, Pairs
@@ -29,10 +30,11 @@ CLASSES = 5
 LAST_SEED = 2**32 - 1
 POSITIONS = np.array([0, 1, 2, 3, 4, 5, rng.MAX_POSITION - 1, rng.MAX_POSITION], np.uint32)
 MODEL = ModelConfig((32, 24), (8, 4), 3, TransformerConfig(8, 2, 1), TransformerConfig(8, 1, 1))
+AUGMENT = AugmentConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
-# Of the pixels of a crop cut on the device, those that may be a byte's step from Pillow's: its weights are whole
-# multiples of 2^-22, the device's are float32, and a sum that falls between two bytes may be rounded either way.
-ROUNDED_OTHERWISE = 0.01
+# Of the bytes of a crop cut on the device, the share that may be one step from Pillow's, which multiplies by weights in
+# whole units of 2^-22: a sum that falls between two bytes is rounded either way. Of 12 runs the most were 3 in 10,000.
+ROUNDED_OTHERWISE = 0.002
 
 
 class Pictures:
@@ -56,23 +58,30 @@ class Pictures:
     def file(self, index: int) -> bytes:
         return self.files[index]
 
-    def picture(self, index: int) -> Picture:
-        return open_picture(self.files[index], "RGB", self.name(index))
+    def picture(self, index: int) -> decode.Picture:
+        return decode.open_picture(self.files[index], "RGB", self.name(index))
 
     def load(self, index: int) -> Image.Image:
         return self.picture(index).image()
 
 
 def draw_pictures(seed: int) -> Pictures:
-    """Draw pictures of several sizes and shapes: rough ones, as PNG and JPEG, in colour and in grey."""
+    """Draw rough pictures of several sizes and shapes: PNG and JPEG, in colour and in grey, one lying on its side."""
     generator = np.random.default_rng(seed)
-    kinds = [((40, 53), "JPEG", "RGB"), ((70, 31), "PNG", "RGB"), ((33, 90), "JPEG", "L"), ((24, 24), "PNG", "L")]
-    kinds += [((120, 20), "PNG", "RGB")]
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: to be turned by a quarter
     files = []
-    for (height, width), kind, mode in kinds:
+    for (height, width), mode, options in (
+        ((40, 53), "RGB", {"format": "JPEG"}),
+        ((70, 31), "RGB", {"format": "PNG"}),
+        ((33, 90), "L", {"format": "JPEG"}),
+        ((24, 24), "L", {"format": "PNG"}),
+        ((48, 80), "RGB", {"format": "JPEG", "exif": turned}),
+        ((120, 20), "RGB", {"format": "PNG"}),
+    ):
         pixels = generator.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
         file = io.BytesIO()
-        Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST).convert(mode).save(file, kind)
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST).convert(mode).save(file, **options)
         files.append(file.getvalue())
     return Pictures(files)
 
@@ -81,7 +90,7 @@ def pretraining(reference: Reference, **changes: Any) -> PretrainConfig:
     """Configure a run of tiny images at the reference's precision and seed."""
     config = PretrainConfig(
         model=replace(MODEL, dtype=reference.precision),
-        augment=reference_augment(),
+        augment=AUGMENT,
         batch_size=4,
         workers=0,
         seed=reference.run_config.seed,
@@ -89,15 +98,11 @@ def pretraining(reference: Reference, **changes: Any) -> PretrainConfig:
     return replace(config, **changes)
 
 
-def reference_augment(**changes: Any) -> AugmentConfig:
-    return replace(AugmentConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25)), **changes)
-
-
 def finetuning(reference: Reference, mix: MixConfig, **changes: Any) -> FinetuneConfig:
     """Configure fine-tuning on tiny images at the reference's precision and seed."""
     config = FinetuneConfig(
         model=replace(MODEL, dtype=reference.precision),
-        augment=reference_augment(),
+        augment=AUGMENT,
         batch_size=len(POSITIONS),
         classes=len(POSITIONS),
         seed=reference.run_config.seed,
@@ -106,15 +111,17 @@ def finetuning(reference: Reference, mix: MixConfig, **changes: Any) -> Finetune
     return replace(config, **changes)
 
 
-def seeds(reference: Reference) -> tuple[int, ...]:
+def seeds(reference: Reference) -> tuple[int, int]:
+    """Return the run's own seed, and the largest that there is."""
     return reference.run_config.seed, LAST_SEED
 
 
-def read(source: Pictures, config: PretrainConfig, start_step: int, steps: int) -> TrainingBatch:
+def read(source: Pictures, config: PretrainConfig, start_step: int, steps: int) -> stream.TrainingBatch:
     """Read some steps of the stream as one batch."""
-    with training_batches(source, config, start_step=start_step, stop_step=start_step + steps) as batches:
+    with stream.training_batches(source, config, start_step=start_step, stop_step=start_step + steps) as batches:
         found = list(batches)
-    return {key: np.concatenate([batch[key] for batch in found]) for key in found[0]}  # type: ignore
+    joined = {key: np.concatenate([cast(dict, batch)[key] for batch in found]) for key in found[0]}
+    return cast(stream.TrainingBatch, joined)
 
 
 # --- from files to bytes --------------------------------------------------------------------------------------------
@@ -122,7 +129,7 @@ def read(source: Pictures, config: PretrainConfig, start_step: int, steps: int) 
 
 def order(ours: Ours, reference: Reference) -> Pairs:
     """Compare which image each position shows, in the first epochs and at the end of the stream, with repeats."""
-    source = draw_pictures(0)
+    source = draw_pictures(reference.run_config.seed)
     for seed in seeds(reference):
         for repeats in (1, 2):
             config = pretraining(reference, seed=seed, repeats=repeats)
@@ -137,10 +144,10 @@ def order(ours: Ours, reference: Reference) -> Pairs:
 
 def decoding(ours: Ours, reference: Reference) -> Pairs:
     """Compare decoded files, in colour and in grey."""
-    for index, file in enumerate(draw_pictures(0).files):
+    for index, file in enumerate(draw_pictures(reference.run_config.seed).files):
         for channels, mode in {1: "L", 3: "RGB"}.items():
             theirs = np.asarray(torch_inputs.decode(file, channels))
-            pixels = open_picture(file, mode).pixels().reshape(theirs.shape)
+            pixels = decode.open_picture(file, mode).pixels().reshape(theirs.shape)
             yield Pair("decoding", f"picture {index}, {mode}", pixels, theirs, "exact")
 
 
@@ -149,41 +156,42 @@ def boxes(ours: Ours, reference: Reference) -> Pairs:
     sizes = [(40, 53), (70, 31), (33, 90), (500, 375), (120, 2), (3, 120)]
     for crop in ("random", "fixed", "center"):
         for seed in seeds(reference):
-            config = pretraining(reference, seed=seed, augment=reference_augment(crop=crop))
+            config = pretraining(reference, seed=seed, augment=replace(AUGMENT, crop=crop))
             draw = partial(rng.host_generator, seed)
             drawn, theirs = [], []
             for position in POSITIONS.tolist():
                 for size in sizes:
                     generator = draw("crop", position)
-                    drawn.append(choose_box(size, config.augment, config.model.image_hw, generator))
+                    drawn.append(choice.choose_box(size, config.augment, config.model.image_hw, generator))
                     theirs.append(torch_inputs.crop_box(size, config, position))
             yield Pair("boxes", f"{crop}, seed {seed}", np.array(drawn), np.array(theirs), "exact")
             if crop == "random":
-                mirrored = [flips(config.augment, draw("flip", position)) for position in range(64)]
+                mirrored = [choice.flips(config.augment, draw("flip", position)) for position in range(64)]
                 expected = [torch_inputs.flipped(config, position) for position in range(64)]
-                yield Pair("flips", f"seed {seed}", mirrored, expected, "exact")
+                yield Pair("boxes", f"mirrored, seed {seed}", mirrored, expected, "exact")
 
 
 def host_crops(ours: Ours, reference: Reference) -> Pairs:
     """Compare the bytes of batches that the host cuts, with every kind of crop."""
-    source = draw_pictures(0)
-    for crop, flip in (("random", True), ("random", False), ("fixed", True), ("center", True)):
+    source = draw_pictures(reference.run_config.seed)
+    others = replace(AUGMENT, flip=False), replace(AUGMENT, crop="fixed"), replace(AUGMENT, crop="center")
+    for augment in (AUGMENT, *others):
         for seed in seeds(reference):
-            config = pretraining(reference, seed=seed, augment=reference_augment(crop=crop, flip=flip))
+            config = pretraining(reference, seed=seed, augment=augment)
             batch = read(source, config, 0, 3)
             shown = zip(batch["label"].tolist(), batch["position"].tolist(), strict=True)
             theirs = [torch_inputs.host_crop(source.files[image], config, position) for image, position in shown]
-            what = f"{crop}, {'flips' if flip else 'no flips'}, seed {seed}"
+            what = f"{augment.crop}, {'flips' if augment.flip else 'no flips'}, seed {seed}"
             yield Pair("crops on the host", what, batch["image"], np.stack(theirs), "exact")
 
 
 def device_crops(ours: Ours, reference: Reference) -> Pairs:
     """Compare squeezed pictures and boxes as they are sent, and the crops that the device cuts out of them."""
-    source = draw_pictures(0)
+    source = draw_pictures(reference.run_config.seed)
     cut = jax.jit(partial(crops.crop_images, image_hw=MODEL.image_hw))
     for crop in ("random", "fixed", "center"):
         for seed in seeds(reference):
-            config = pretraining(reference, crops="device", seed=seed, augment=reference_augment(crop=crop))
+            config = pretraining(reference, crops="device", seed=seed, augment=replace(AUGMENT, crop=crop))
             batch = read(source, config, 0, 3)
             shown = zip(batch["label"].tolist(), batch["position"].tolist(), strict=True)
             theirs = [torch_inputs.canvas(source.files[image], config, position) for image, position in shown]
@@ -203,7 +211,8 @@ def device_crops(ours: Ours, reference: Reference) -> Pairs:
 
 def pretraining_inputs(ours: Ours, reference: Reference) -> Pairs:
     """Compare normalised images, and the noise of masks at both ends of the stream."""
-    images = np.random.default_rng(0).integers(0, 256, (len(POSITIONS), *MODEL.image_hw, 3), dtype=np.uint8)
+    generator = np.random.default_rng(reference.run_config.seed)
+    images = generator.integers(0, 256, (len(POSITIONS), *MODEL.image_hw, 3), dtype=np.uint8)
     for seed in seeds(reference):
         config = pretraining(reference, seed=seed)
         batch = objective.Batch(images, POSITIONS)
@@ -230,7 +239,7 @@ def prepared(config: FinetuneConfig) -> Prepare:
 
 
 def compiled(config: FinetuneConfig) -> Prepare:
-    """Compile it as one program, quickly: what is drawn does not depend on how fast it is."""
+    """Compile it as one program, with few optimisations: seconds less, and the same draws."""
     return jax.jit(prepared(config), compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -241,7 +250,7 @@ def erasing(ours: Ours, reference: Reference) -> Pairs:
     for chance, seed in ((0.0, reference.run_config.seed), (0.5, LAST_SEED), (1.0, reference.run_config.seed)):
         config = finetuning(reference, MixConfig(erase=chance), seed=seed)
         made = np.asarray(compiled(config)(grey, labels, 0).images)
-        plain = torch_inputs.normalise(grey, config.augment, getattr(torch_inputs.torch, reference.precision))
+        plain = torch_inputs.normalise(grey, config.augment, getattr(torch, reference.precision))
         erased = [
             torch_inputs.erased(seed, position, chance, MODEL.image_hw, reference.precision)[0]
             for position in POSITIONS.tolist()
@@ -272,7 +281,7 @@ def mixing(ours: Ours, reference: Reference) -> Pairs:
     """
     rows = np.arange(len(POSITIONS), dtype=np.int32)
     images = np.broadcast_to((255 * (rows % 2)).astype(np.uint8)[:, None, None, None], (len(rows), *MODEL.image_hw, 3))
-    plain = reference_augment(mean=(0.0,) * 3, std=(1.0,) * 3)
+    plain = replace(AUGMENT, mean=(0.0,) * 3, std=(1.0,) * 3)
     for number, (name, (mix, steps)) in enumerate(MIXES.items()):
         config = finetuning(reference, mix, augment=plain, seed=seeds(reference)[number % 2])
         prepare = prepared(config)  # one operation at a time, each of which is compiled once for all choices
@@ -297,7 +306,7 @@ def mixing(ours: Ours, reference: Reference) -> Pairs:
 
 def classification_inputs(ours: Ours, reference: Reference) -> Pairs:
     """Compare whole batches of fine-tuning, with everything on: images, targets, and the uniforms of drop path."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(reference.run_config.seed)
     images = generator.integers(0, 256, (len(POSITIONS), *MODEL.image_hw, 3), dtype=np.uint8)
     labels = generator.integers(0, CLASSES, len(POSITIONS)).astype(np.int32)
     mix = MixConfig(smoothing=0.1, mixup=0.8, cutmix=1.0, erase=0.5)

@@ -1,4 +1,4 @@
-"""All stages in the order data flows, from bytes to a trained model and what is made of it; and how they are run."""
+"""All stages in the order data flows, from files to a trained model and what is made of it; and how they are run."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

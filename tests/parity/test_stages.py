@@ -58,7 +58,18 @@ def test_a_run_leaves_jax_as_it_was():
 
 
 def test_stages_are_in_the_order_data_flows():
-    order = ["patchify", "position_tables", "masks", "encoder_blocks", "latent", "decoder_blocks", "loss", "gradients"]
+    order = [
+        "order",
+        "host_crops",
+        "patchify",
+        "position_tables",
+        "masks",
+        "encoder_blocks",
+        "latent",
+        "decoder_blocks",
+        "loss",
+        "gradients",
+    ]
     assert [name for name in STAGES if name in order] == order
     assert list(STAGES)[-3:] == ["classifier", "probing", "finetuning"]
 

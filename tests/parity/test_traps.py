@@ -387,7 +387,7 @@ def _traced_anew():
 
 @pytest.fixture(scope="module")
 def references() -> dict[str, Reference]:
-    """PyTorch's side, which no trap touches, and the noise, drawn before any is planted."""
+    """PyTorch's side, which no trap touches."""
     return {name: Reference(config, "float64") for name, config in MODELS.items()}
 
 
