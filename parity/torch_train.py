@@ -6,6 +6,7 @@ probing (appendix A.1).
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,6 +160,38 @@ def finetuning_adamw(model: Classifier, config: FinetuneConfig) -> torch.optim.A
         if p.requires_grad
     ]
     return torch.optim.AdamW(groups, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+
+
+def last_blocks(model: Classifier, count: int | None) -> set[str]:
+    """Freeze all but the last blocks, what follows them, and the head; return the names of what is trained."""
+    kept = (
+        "head",
+        "fc_norm",
+        "norm",
+        *(f"blocks.{n}" for n in range(len(model.blocks) - (count or 0), len(model.blocks))),
+    )
+    for name, p in model.named_parameters():
+        if count is not None and not name.startswith(tuple(f"{part}." for part in kept)):
+            p.requires_grad_(False)
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def finetune(
+    model: Classifier, config: FinetuneConfig, batches: Sequence[tuple[Tensor, Tensor, Tensor]], rate: float
+) -> Run:
+    """Update what is trained once for each batch of images, targets and survival, at a constant rate."""
+    optimizer, optim, losses, average = finetuning_adamw(model, config), config.optim, [], as_numpy(model)
+    for images, targets, survival in batches:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        optimizer.zero_grad()
+        loss = soft_cross_entropy(model(images, survival), targets)
+        loss.backward()
+        clip([p.grad for p in model.parameters() if p.grad is not None], optim.clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+        average = averaged(average, model, optim.ema_decay)
+    return Run(losses, [rate] * len(losses), as_numpy(model), average)
 
 
 class Probe(nn.Module):

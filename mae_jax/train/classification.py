@@ -131,9 +131,10 @@ class Classification:
         if not config.sweep:
             return errors, replaced
         # The sum is minimised, which minimises each head by itself. Its gradient is kept and its value replaced: the
-        # loss that is reported is that of the best head.
+        # loss that is reported is that of the best head, of the batch of all devices (with accumulate, of each part).
         total = errors.sum()
-        best = jnp.where(optimizers.not_diverged(params["head"]), errors, jnp.inf).min()
+        whole = errors if self.axis_name is None else jax.lax.pmean(errors, self.axis_name)
+        best = jnp.where(optimizers.not_diverged(params["head"]), whole, jnp.inf).min()
         return jax.lax.stop_gradient(best - total) + total, replaced
 
     def _moments(self, features: Pooled) -> tuple[Float[Array, " width"], Float[Array, " width"]]:

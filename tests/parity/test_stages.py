@@ -12,8 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mae_jax.config import MODELS, ModelConfig
-from parity import __main__ as command
-from parity import bounds
+from parity import bounds, command
 from parity.bounds import Pair
 from parity.models import SMALL
 from parity.sides import Reference
