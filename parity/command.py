@@ -29,6 +29,12 @@ class Arguments:
     model: Literal[tuple(MODELS)] | None = None  # type: ignore[valid-type]
     """What to compare: all small ones by default, tiny_square with a peer. Published sizes take minutes on a CPU."""
     dtype: Literal["float32", "float64", "both"] = "both"
+    run: str | None = None
+    """What was trained: a run, a checkpoint, or any file or folder that `mae-jax port` reads, with its own weights."""
+    data: str | None = None
+    """With --run: images of this source (folder:PATH ...), by default of what the run was trained on."""
+    preset: str | None = None
+    """A recipe of `mae-jax pretrain`, with its model, normalisation and optimizer."""
     peer: Literal["huggingface", "timm", "lightly", "lightly-deprecated"] | None = None
     """Compare with this library's own model in place of the reference: forward pass, loss, gradients."""
     stages: tuple[str, ...] = ()
@@ -47,38 +53,39 @@ class Arguments:
 
 def compare(arguments: Arguments, precision: "Precision", stages: "Sequence[str]") -> "Report":
     """Run the stages at one precision, printing a row as each is done."""
-    import flax
-    import jax
-    import torch
-
     from parity.models import SMALL, SQUARE
     from parity.peers import run as run_peer
     from parity.report import COLUMNS, Report, line, rows
     from parity.sides import Reference
     from parity.stages import run
 
-    if arguments.peer is not None:
-        names = [arguments.model or "tiny_square"]
+    seed, stop = arguments.seed, arguments.stop_at_first
+    if arguments.run is not None or arguments.preset is not None:
+        from parity.trained import compare_subject, of_preset, of_source
+
+        batch_size = arguments.batch_size or 2
+        if arguments.run is not None:
+            subject = of_source(arguments.run, arguments.data, 20 * batch_size)
+        else:
+            subject = of_preset(str(arguments.preset))
+        title, configs = subject.name, {subject.name: subject.config}
+        for note in subject.notes:
+            print(f"note: {note}", flush=True)
+        found = compare_subject(subject, precision, seed, batch_size, arguments.stages, stop)
     else:
-        names = [arguments.model] if arguments.model else list(SMALL)
-    references = [
-        Reference(
-            MODELS[name], precision, arguments.seed, arguments.batch_size or (4 if name in SMALL | SQUARE else 2), name
-        )
-        for name in names
-    ]
-    versions = {"jax": jax.__version__, "flax": flax.__version__, "torch": torch.__version__}
-    device = jax.local_devices()[0].device_kind
-    title = ", ".join(names) + (f" against {arguments.peer}" if arguments.peer else "")
-    configs = {reference.name: reference.config for reference in references}
-    report = Report(title, precision, arguments.seed, configs, versions, device)
+        if arguments.peer is not None:
+            names = [arguments.model or "tiny_square"]
+        else:
+            names = [arguments.model] if arguments.model else list(SMALL)
+        small = SMALL | SQUARE
+        sizes = {name: arguments.batch_size or (4 if name in small else 2) for name in names}
+        references = [Reference(MODELS[name], precision, seed, sizes[name], name) for name in names]
+        title = ", ".join(names) + (f" against {arguments.peer}" if arguments.peer else "")
+        configs = {reference.name: reference.config for reference in references}
+        found = run_peer(arguments.peer, references[0]) if arguments.peer else run(references, stages, stop)
+    report = Report.begin(title, precision, seed, configs)
 
     print(f"{title}, {precision}\n{line(COLUMNS)}", flush=True)
-    found = (
-        run(references, stages, arguments.stop_at_first)
-        if arguments.peer is None
-        else run_peer(arguments.peer, references[0])
-    )
     for results in found:
         report.results += results
         for row in rows(results):
@@ -144,6 +151,7 @@ def main() -> int:
         os.environ["JAX_PLATFORMS"] = ",".join(platforms)  # read when jax first looks for devices, too
 
     try:
+        from mae_jax.errors import StatedError
         from mae_jax.port.receivers.receiver import NotInstalledError
         from parity.bounds import ACCELERATORS
         from parity.stages import EITHER_PRECISION, STAGES
@@ -153,6 +161,11 @@ def main() -> int:
         print("The comparison needs PyTorch: pip install 'mae-jax[torch]'", file=sys.stderr)
         return 1
 
+    named = [name for name in ("model", "run", "preset") if getattr(arguments, name) is not None]
+    if len(named) > 1 or (arguments.peer and {"run", "preset"} & set(named)):
+        return wrong_usage(f"--{' and --'.join(named + ['peer'] * bool(arguments.peer))}: give one of them")
+    if arguments.data is not None and arguments.run is None:
+        return wrong_usage(f"--data {arguments.data} is for --run; the others draw their images")
     if arguments.peer is not None:
         if arguments.stages:
             return wrong_usage("--stages are the reference's; --peer compares the whole model")
@@ -167,7 +180,7 @@ def main() -> int:
     platform = find_platform(arguments.device)
     if platform is None:
         return 1
-    small = arguments.model not in PUBLISHED
+    small = arguments.model not in PUBLISHED and not {"run", "preset"} & set(named)
     prepare_process(small)
     precisions: tuple[Precision, ...] = ("float64", "float32") if arguments.dtype == "both" else (arguments.dtype,)
     if platform == "tpu" and "float64" in precisions:
@@ -193,6 +206,9 @@ def main() -> int:
                 reports.append(compare(arguments, precision, rest if number else chosen))
                 if arguments.stop_at_first and not reports[-1].passed:
                     break
+    except StatedError as error:
+        print(f"parity: {error}", file=sys.stderr)
+        return 1
     except NotInstalledError as error:
         print(f"--peer {arguments.peer}: {error} cannot be imported; install it", file=sys.stderr)
         return 1

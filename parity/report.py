@@ -9,8 +9,12 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mae_jax.config import ModelConfig
+import flax
+import jax
+import torch
+
 from mae_jax.port.compare import Comparison, worst
+from mae_jax.port.keys import Config
 from parity.bounds import BOUNDS, Precision
 
 if TYPE_CHECKING:
@@ -26,10 +30,19 @@ class Report:
     model: str
     precision: Precision
     seed: int
-    configs: dict[str, ModelConfig]
+    configs: dict[str, Config]
     versions: dict[str, str]
     device: str
     results: list[Comparison] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, model: str, precision: Precision, seed: int, configs: dict[str, Config]) -> "Report":
+        """Make a report without results, of the libraries and the device that are here."""
+        versions = {"jax": jax.__version__, "flax": flax.__version__, "torch": torch.__version__}
+        return cls(model, precision, seed, configs, versions, jax.local_devices()[0].device_kind)
+
+    def __str__(self) -> str:
+        return "\n".join([line(COLUMNS), *map(line, self.rows()), self.verdict()])
 
     @property
     def departure(self) -> Comparison | None:

@@ -4,8 +4,9 @@
 """
 
 import copy
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from jaxtyping import UInt8
 
 from mae_jax.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig, wide
 from mae_jax.models import Params, mae
@@ -45,6 +47,19 @@ def run_config(model: ModelConfig, batch_size: int, seed: int) -> PretrainConfig
     )
 
 
+def of_run(run: PretrainConfig, model: ModelConfig, batch_size: int) -> PretrainConfig:
+    """Configure the training run by somebody's: its optimizer, schedule and normalisation, on batches of this size."""
+    base_lr = run.optim.base_lr * run.batch_size / batch_size  # so that the peak is the same
+    return PretrainConfig(
+        model=model,
+        augment=run.augment,
+        optim=replace(run.optim, base_lr=base_lr),
+        batch_size=batch_size,
+        epochs=EPOCHS,
+        seed=run.seed,
+    )
+
+
 def draw_weights(model: torch.nn.Module, generator: np.random.Generator) -> Tensors:
     """Draw random weights, no tensor of which is constant: a mistake in a bias or a scale has to show.
 
@@ -63,24 +78,51 @@ def draw_weights(model: torch.nn.Module, generator: np.random.Generator) -> Tens
     return weights
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a comparison does not draw: of a run, a file or a program of somebody's own.
+
+    weights: under the authors' names. images: uint8 (any number, height, width, channels). run: whose optimizer,
+      normalisation and seed are compared.
+    """
+
+    weights: Tensors | None = None
+    images: UInt8[np.ndarray, "n height width channels"] | None = None
+    run: PretrainConfig | None = None
+
+
 class Reference:
     """The inputs, and all that PyTorch makes of them, computed once."""
 
     def __init__(
-        self, config: ModelConfig, precision: Precision, seed: int = 0, batch_size: int = 4, name: str = "model"
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        seed: int = 0,
+        batch_size: int = 4,
+        name: str = "model",
+        given: Given = Given(),
     ) -> None:
         self.name, self.precision = name, precision
-        self.config = replace(config, dtype=precision)
-        self.run_config = run_config(self.config, batch_size, seed)
+        self.config = replace(config, dtype=precision, attention="xla")
+        if given.run is None:
+            self.run_config = run_config(self.config, batch_size, seed)
+        else:
+            self.run_config = of_run(given.run, self.config, batch_size)
         generator = np.random.default_rng(seed)
 
         self.positions = np.arange(STEPS * batch_size, dtype=np.uint32).reshape(STEPS, batch_size)
         shape = (STEPS, batch_size, *config.image_hw, config.in_channels)
-        self.bytes = generator.integers(0, 256, shape, dtype=np.uint8)
+        if given.images is None:
+            self.bytes = generator.integers(0, 256, shape, dtype=np.uint8)
+        else:
+            self.bytes = given.images[np.arange(STEPS * batch_size) % len(given.images)].reshape(shape)
 
         self.model = torch_mae.MaskedAutoencoder(self.config).to(getattr(torch, precision))
-        weights = draw_weights(self.model, generator) | self._fitted()
-        self.model.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
+        weights = given.weights or draw_weights(self.model, generator) | self._fitted()
+        tensors = {name: torch.tensor(values, dtype=getattr(torch, precision)) for name, values in weights.items()}
+        fixed = {name: p for name, p in self.model.state_dict().items() if name.endswith("pos_embed")}
+        self.model.load_state_dict(fixed | tensors)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.weights = {name: p.detach().numpy() for name, p in (trained | dict(self.model.named_buffers())).items()}
 
@@ -198,7 +240,7 @@ class Ours:
 
     def engine(self) -> engines.PmapEngine:
         """Compile the step as runs do, over two devices where there are two."""
-        devices = jax.local_devices()[:2]
+        devices = jax.local_devices()[: math.gcd(2, self.run_config.batch_size)]
         make_step = partial(steps.make_step, self.run_config, steps_per_epoch=STEPS_PER_EPOCH, epochs=EPOCHS)
         return engines.pmap_engine(lambda axis: make_step(axis_name=axis), devices, self.run_config.batch_size, 1)
 
@@ -208,7 +250,8 @@ class Ours:
         params = jax.tree.map(jnp.copy, params)
         trained = select(params, mae.trained)
         optimizer = optimizers.adamw_direction(self.run_config.optim).init(trained)
-        return steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer, average=jax.tree.map(jnp.copy, params))
+        average = jax.tree.map(jnp.copy, params) if self.run_config.optim.ema_decay is not None else None
+        return steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer, average)
 
     def drawn_noise(self) -> np.ndarray:
         """Catch the noise (B, L) that reaches the model inside the step on several devices, by position in the batch.
@@ -255,5 +298,7 @@ class Ours:
                 fixed = jax.tree.map(np.zeros_like, jax.device_get(state.params))
                 moments = to_fair(merge(fixed, jax.device_get(moments)), self.config)
                 gradients = {name: m / (1 - self.run_config.optim.beta1) for name, m in moments.items()}
-        final, average = (to_fair(jax.device_get(tree), self.config) for tree in (state.params, state.average))
+        final, average = (
+            {} if tree is None else to_fair(jax.device_get(tree), self.config) for tree in (state.params, state.average)
+        )
         return gradients, metrics, final, average

@@ -377,12 +377,20 @@ class Classifier(nn.Module):
         self, images: Float[Tensor, "B C H W"], survival: Float[Tensor, "B depth 2"] | None = None
     ) -> Float[Tensor, "B D"]:
         """Return what the head sees."""
+        x = self.embed(images)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if survival is None else survival[:, i])
+        return self.pooled(x)
+
+    def embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B tokens D"]:
+        """Turn all patches into tokens with positions, the class token in front."""
         x = self.patch_embed(images)
         if self.config.model.class_token:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = x + self.pos_embed
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if survival is None else survival[:, i])
+        return x + self.pos_embed
+
+    def pooled(self, x: Float[Tensor, "B tokens D"]) -> Float[Tensor, "B D"]:
+        """Pool what the last block returned."""
         if self.config.pooling == "mean":
             return self.fc_norm(x[:, int(self.config.model.class_token) :].mean(dim=1))
         return self.norm(x)[:, 0]

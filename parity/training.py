@@ -84,9 +84,11 @@ def module_of(name: str) -> str:
 def gradients_on_devices(ours: Ours, reference: Reference) -> Pairs:
     """Compare the gradient that the compiled step averages over its devices with that of the whole batch."""
     averaged, metrics, *_ = ours.run
-    for name, theirs in reference.gradients.items():
-        yield Pair("gradient averaged over devices", name, averaged[name], theirs, "gradient")
     norm = np.sqrt(sum(np.square(values).sum() for values in reference.gradients.values()))
+    clip_norm = ours.run_config.optim.clip_norm
+    shortened = 1.0 if clip_norm is None else min(1.0, clip_norm / float(norm))
+    for name, theirs in reference.gradients.items():
+        yield Pair("gradient averaged over devices", name, averaged[name], theirs * shortened, "gradient")
     yield Pair("gradient averaged over devices", "global norm", metrics[0].grad_norm, norm, "gradient")
 
 
@@ -196,12 +198,13 @@ def training(ours: Ours, reference: Reference) -> Pairs:
     yield Pair("training run", "losses", losses, np.array(reference.run.losses), "training")
     if reference.precision == "float32":
         return
-    for what, mine, other in (("", final, reference.run.final), (", average", average, reference.run.average)):
+    ends = {"": (final, reference.run.final)} | ({", average": (average, reference.run.average)} if average else {})
+    for what, (mine, other) in ends.items():
         for name in reference.gradients:
             ours_final, theirs = (without_key_bias(name, values[name]) for values in (mine, other))
             yield Pair("training run", f"{name}{what}", ours_final, theirs, "training")
     for name in reference.weights.keys() - reference.gradients.keys():
-        for what, mine in (("not trained", final), ("not averaged", average)):
+        for what, mine in {"not trained": final, "not averaged": average or final}.items():
             yield Pair("training run", f"{name}, {what}", mine[name], reference.weights[name], "exact")
 
 
