@@ -72,11 +72,12 @@ class Run:
 class Side(Protocol):
     """A model with its weights and inputs.
 
-    parameters: as the caller has them, by the library's own names.
+    parameters, state: as the caller has them, by the library's own names; state is what is no parameter.
     """
 
     library: str
     parameters: Arrays
+    state: Arrays
 
     def run(self, precision: Precision, seed: int) -> Run:
         """Run the model with weights and inputs of this precision; the seed is of its own random choices.
@@ -104,6 +105,7 @@ class Flax:
         self._inputs, self._method, self._record = (inputs, dict(kwargs)), method, _Record()
         self._forward = jax.jit(self._traced)
         self.parameters = _by_name(self._parameters)
+        self.state = _by_name(self._state if isinstance(module, nnx.Module) else list(self._state.values()))
 
     def _traced(self, seed: Any, state: Any, fixed: Any, parameters: Any, varied: Any, added: Any) -> Any:
         """Return the floating-point outputs by name; and all that was captured, and the state after."""
@@ -117,7 +119,7 @@ class Flax:
         return {name: output for name, output in outputs.items() if _floating(output)}, (captured, after)
 
     def run(self, precision: Precision, seed: int) -> Run:
-        with _settings(precision), _stated(self.library, precision, self._record):
+        with _settings(precision), _stated(f"Flax's forward pass in {precision}", self._record):
             parameters, state = _cast(self._parameters, precision), _cast(self._state, precision)
             arrays = dict(enumerate(_cast(_arrays(self._inputs), precision)))
             varied = {place: array for place, array in arrays.items() if _floating(array)}
@@ -134,7 +136,7 @@ class Flax:
             modules = dict(self._record.modules)
 
         def backward(weights: Arrays) -> Gradients:
-            with _settings(precision):
+            with _settings(precision), _stated(f"Flax's backward pass in {precision}", self._record):
                 zeros = {name: np.zeros(output.shape) for name, output in outputs.items()}
                 to_parameters, to_inputs, to_values = vjp(
                     {name: jnp.asarray((zeros | weights)[name], output.dtype) for name, output in outputs.items()}
@@ -157,6 +159,7 @@ class Torch:
     def __init__(self, module: torch.nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._module, self._inputs = module, (inputs, dict(kwargs))
         self.parameters = {name: _numpy(p) for name, p in module.named_parameters(remove_duplicate=False)}
+        self.state = {name: _numpy(buffer) for name, buffer in module.named_buffers() if _floating(buffer)}
 
     def run(self, precision: Precision, seed: int) -> Run:
         dtype, default = getattr(torch, precision), torch.get_default_dtype()
@@ -170,7 +173,11 @@ class Torch:
             varied[place] = tensor.requires_grad_()
             return tensor.clone()  # a module may write into what it is given
 
-        with _stated(self.library, precision, record), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            _stated(f"PyTorch's forward pass in {precision}", record),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):
             torch.manual_seed(seed)
             module = copy.deepcopy(self._module).to("cpu", dtype)
             parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -191,7 +198,8 @@ class Torch:
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             ends = [name for name in weights if tensors[name].requires_grad]
             given = [_tensor(weights[name], tensors[name].dtype) for name in ends]
-            found = torch.autograd.grad([tensors[name] for name in ends], wanted, given, allow_unused=True)
+            with _stated(f"PyTorch's backward pass in {precision}", record):
+                found = torch.autograd.grad([tensors[name] for name in ends], wanted, given, allow_unused=True)
             gradients = {id(leaf): gradient for leaf, gradient in zip(wanted, found, strict=True)}
 
             def at(leaf: torch.Tensor) -> Array:
@@ -256,7 +264,8 @@ def _linen(module: nn.Module, variables: Any) -> tuple[Any, Any, Any]:
     """Return what applies a linen module, its parameters and the rest of its variables."""
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise StatedError("variables have no 'params'; give what module.init returns", field="variables")
-    state = {name: tree for name, tree in flax.core.unfreeze(variables).items() if name != "params"}
+    trees = flax.core.unfreeze(dict(variables))
+    state = {name: tree for name, tree in trees.items() if name != "params"}
 
     def apply(params: Any, state: Any, seed: Any, record: _Record, method: str, args: Any, kwargs: Any) -> Any:
         def intercept(run: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -282,10 +291,9 @@ def _linen(module: nn.Module, variables: Any) -> tuple[Any, Any, Any]:
                 method=method,
                 **kwargs,
             )
-        after = dict(after)
-        return _captured(after.pop(_COLLECTION, {})), after
+        return _captured(after.get(_COLLECTION, {})), [tree for name, tree in after.items() if name != _COLLECTION]
 
-    return apply, flax.core.unfreeze(nn.meta.unbox(variables["params"])), nn.meta.unbox(state)
+    return apply, nn.meta.unbox(trees["params"]), nn.meta.unbox(state)
 
 
 def _nnx(module: nnx.Module) -> tuple[Any, Any, Any]:
@@ -342,14 +350,14 @@ def _settings(precision: Precision) -> Iterator[None]:
 
 
 @contextmanager
-def _stated(library: str, precision: Precision, record: _Record) -> Iterator[None]:
-    """State which library's model raised, and in which module."""
+def _stated(what: str, record: _Record) -> Iterator[None]:
+    """State what raised, and in which module."""
     try:
         yield
     except Exception as error:
         place = f" in {record.running[-1][0]!r}" if record.running and record.running[-1][0] else ""
         lines = str(error).strip().splitlines() or [""]
-        message = f"{library}'s forward pass in {precision} raised {type(error).__name__}{place}: {lines[0]}"
+        message = f"{what} raised {type(error).__name__}{place}: {lines[0]}"
         raise StatedError(message) from error
 
 
@@ -360,7 +368,7 @@ def _changed(tree: Any, change: Callable[[str, Any], Any], label: str = "") -> A
         return type(tree)(inner)  # type: ignore[call-arg]
     if isinstance(tree, tuple | list):
         items = [_changed(value, change, f"{label}[{place}]") for place, value in enumerate(tree)]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+        return tree._make(items) if hasattr(tree, "_make") else type(tree)(items)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type | nn.Module):
         fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if field.init}
         return dataclasses.replace(
@@ -409,7 +417,7 @@ def _cast(tree: Any, precision: Precision) -> Any:
 
 
 def _by_name(tree: Any) -> Arrays:
-    """Return the floating-point arrays of nested dictionaries or an NNX state by their paths."""
+    """Return the floating-point arrays of nested dictionaries, a list of them, or an NNX state by their paths."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     keys = jax.tree_util.DictKey
     named = {"/".join(str(key.key) for key in path if isinstance(key, keys)): leaf for path, leaf in leaves}

@@ -1,0 +1,444 @@
+"""Any Flax module against any PyTorch module: at which layer do the two part?
+
+Both run on the same inputs and weights in float64, which shows a difference in meaning, and in float32, which shows
+what is computed in less. What their modules return is paired and compared in the order data flows; then the gradients
+of a fixed random sum of the outputs, from there back to the inputs.
+"""
+
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from mae_jax.errors import StatedError, shown
+from mae_jax.port import compare as tensors
+from mae_jax.port.compare import Comparison
+from parity.bounds import BOUNDS, Kind, Precision
+from parity.captures import OUTPUT, Array, Arrays, Flax, Gradients, Run, Side, Torch, Value
+from parity.pairing import Layouts, Names, module_of, pair_parameters, pair_values
+from parity.report import COLUMNS, line, rows
+
+PRECISIONS: tuple[Precision, ...] = ("float64", "float32")
+Parameters = Mapping[str, tuple[str, Any]]  # ours: PyTorch's, and what arranges PyTorch's as ours
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a trace found.
+
+    results: the stage is Flax's name, the tensor PyTorch's; values in the order data flows, then gradients backwards.
+    alone: values and parameters without a partner, of Flax and of PyTorch.
+    notes: what else has to be known, a sentence each.
+    place: where the first departure arises.
+    """
+
+    results: Mapping[Precision, tuple[Comparison, ...]]
+    alone: tuple[tuple[str, ...], tuple[str, ...]]
+    notes: tuple[str, ...]
+    place: str = ""
+
+    @property
+    def first_departure(self) -> Comparison | None:
+        """Return the first result beyond its bound: in float64, and where all agree there, in float32."""
+        return next((one for results in self.results.values() for one in results if not one.passed), None)
+
+    @property
+    def passed(self) -> bool:
+        return all(self.results.values()) and self.first_departure is None
+
+    @property
+    def verdict(self) -> str:
+        """State in a few sentences how it ended."""
+        first = self.first_departure
+        if first is None:
+            count = len(self.results["float64"])
+            return f"All {count} pairs agree, in float64 and in float32." if count else "Nothing could be paired."
+        precision = next(precision for precision, results in self.results.items() if first in results)
+        reason = first.fault or f"relative error {first.max_rel:.1e}, bound {first.bound:.0e}"
+        return (
+            f"They part in {precision} at {first.stage!r}, in PyTorch {first.tensor!r}: {reason}. {self.place}".strip()
+        )
+
+    @property
+    def table(self) -> str:
+        """Return a row for each pair, at each precision; then what is alone, the notes, and the verdict."""
+        lines = []
+        for precision, results in self.results.items():
+            lines += [precision, line(COLUMNS)]
+            groups = [list(group) for _, group in groupby(results, key=lambda one: one.stage)]
+            for (stage, *numbers, verdict), group in zip(rows(list(results)), groups, strict=True):
+                short = stage if len(stage) < 32 else f"...{stage[-28:]}"
+                lines.append(line((short, *numbers, f"ok: {group[0].tensor}" if verdict == "ok" else verdict)))
+            lines.append("")
+        for library, names in zip(("Flax", "PyTorch"), self.alone, strict=True):
+            lines += [f"Without a partner, of {library}: {', '.join(names)}"] if names else []
+        return "\n".join([*lines, *self.notes, self.verdict])
+
+    def __str__(self) -> str:
+        return self.table
+
+
+def trace(
+    module: Any,
+    variables: Any,
+    torch_module: torch.nn.Module,
+    inputs: tuple[Any, ...],
+    torch_inputs: tuple[Any, ...] | None = None,
+    *,
+    names: Names | None = None,
+    layouts: str | Mapping[str, str] = "",
+    kwargs: Mapping[str, Any] | None = None,
+    torch_kwargs: Mapping[str, Any] | None = None,
+    method: str = "__call__",
+    seed: int = 0,
+) -> Report:
+    """Compare a Flax module with a PyTorch module, layer by layer, and change neither.
+
+    Args:
+      module: of linen, or of NNX.
+      variables: of a linen module, as its `init` returns them; None for an NNX module.
+      torch_module: in the mode in which it is to run. A copy of it runs on the CPU.
+      inputs: the positional arguments. Floating-point arrays are cast to each precision, all others left.
+      torch_inputs: PyTorch's, where they differ (in layout); the same by default.
+      names: the partners that order and shape do not give, Flax's name first (`{"encoder/block_0": "blocks.0"}`), of
+        modules, of single values (`relu#2`, `attn[1]`) or of parameters. What is inside a pair stays inside.
+      layouts: the order of axes, PyTorch's first (`"NCHW->NHWC"`), of all values or by PyTorch's names (see `Layouts`).
+      kwargs: the keyword arguments of Flax (`{"train": True}`).
+      torch_kwargs: those of PyTorch.
+      method: of the Flax module.
+      seed: of the random sum of the outputs, and of what is random in the models.
+
+    Raises:
+      StatedError: an argument cannot be used, or one of the models raised.
+    """
+    for field, given in (("inputs", inputs), ("torch_inputs", torch_inputs)):
+        if not isinstance(given, tuple | list | None):
+            raise StatedError(f"{field} is {shown(given)}: give a tuple of the arguments", field=field)
+    theirs = Torch(torch_module, tuple(inputs if torch_inputs is None else torch_inputs), torch_kwargs or {})
+    ours = Flax(module, variables, tuple(inputs), kwargs or {}, method)
+    return _Trace(ours, theirs, dict(names or {}), Layouts(layouts), seed).report(torch_module)
+
+
+class _Trace:
+    """Both sides' runs, and their pairs."""
+
+    def __init__(self, ours: Side, theirs: Side, names: Names, layouts: Layouts, seed: int) -> None:
+        self.sides, self.layouts, self.seed = (ours, theirs), layouts, seed
+        self.runs: dict[Precision, tuple[Run, Run]] = {
+            precision: (ours.run(precision, seed), _in_our_layout(theirs.run(precision, seed), layouts))
+            for precision in PRECISIONS
+        }
+        first, second = self.runs["float64"]
+        self._check(names)
+        self.pairs = pair_values(first.values, second.values, ours.parameters, theirs.parameters, names)
+        modules = dict.fromkeys((a.module, b.module) for a, b in self.pairs)
+        self.parameters = pair_parameters(modules, ours.parameters, theirs.parameters, names)
+        self.state = pair_parameters(modules, ours.state, theirs.state, names)
+        # What a side's second run does not repeat.
+        again = ours.run("float64", seed + 1), _in_our_layout(theirs.run("float64", seed + 1), layouts)
+        self.random = [_unlike(*runs) for runs in zip(self.runs["float64"], again, strict=True)]
+
+    def _check(self, names: Names) -> None:
+        for side, run, given in zip(self.sides, self.runs["float64"], (names, names.values()), strict=True):
+            known = [*(value.name for value in run.values), *side.parameters, *side.state]
+            for name in given:
+                if not any(re.match(rf"{re.escape(name)}($|[./#\[])", one) for one in known):
+                    message = f"names: {side.library}'s model has no {name!r}; it has {', '.join(known)}"
+                    raise StatedError(message, field="names")
+
+    def report(self, torch_module: torch.nn.Module) -> Report:
+        weights = self._weights()
+        results = {
+            precision: (*self._values(precision), *(self._gradients(precision, *weights) if weights[0] else ()))
+            for precision in self.runs
+        }
+        notes = list(self._notes(torch_module))
+        if not weights[0]:
+            notes.append("No outputs are of the same shape: gradients are not compared.")
+        found = Report(results, self._alone(), tuple(notes))
+        return replace(found, place=self._place(found.first_departure)) if found.first_departure else found
+
+    def _values(self, precision: Precision) -> Iterator[Comparison]:
+        """Compare what each pair of modules returns, and their running statistics after the last of it."""
+        ours, theirs = self.runs[precision]
+        a, b = ({value.name: value.value for value in run.values} for run in (ours, theirs))
+        last = {mine.module: mine.name for mine, _ in self.pairs}
+        for mine, other in self.pairs:
+            random = [
+                side.library
+                for side, value, names in zip(self.sides, (mine, other), self.random, strict=True)
+                if value.name in names
+            ]
+            fault = f"random in {' and '.join(random)}" if random else ""
+            yield _compared(mine.name, a[mine.name], other.name, b[other.name], "forward", precision, fault=fault)
+            if last[mine.module] == mine.name:
+                yield from _group(mine.module, self.state, ours.state, theirs.state, "forward", precision)
+
+    def _weights(self) -> tuple[Arrays, Arrays]:
+        """Return the weights of the sum of the outputs that gradients are taken of, for each side."""
+        random = np.random.default_rng(self.seed)
+        outputs = [(a, b) for a, b in self.pairs if not a.module and not b.module]
+        weights = [
+            (a.name, b.name, random.standard_normal(a.value.shape))
+            for a, b in outputs
+            if a.value.shape == b.value.shape and _floating(a.value) and _floating(b.value)
+        ]
+        return {a: values for a, _, values in weights}, {b: values for _, b, values in weights}
+
+    def _gradients(self, precision: Precision, ours: Arrays, theirs: Arrays) -> Iterator[Comparison]:
+        """Compare gradients from the outputs backwards: of values, of a module's parameters after its parts, of inputs."""
+        a, b = (run.backward(weights) for run, weights in zip(self.runs[precision], (ours, theirs), strict=True))
+        first: dict[str, str] = {}  # of what each module and its parts return
+        for mine, _ in self.pairs:
+            parts = mine.module.split("/")
+            for depth in range(len(parts) + 1):
+                first.setdefault("/".join(parts[:depth]), mine.name)
+        left = dict(self.parameters)
+        for mine, other in reversed(self.pairs):
+            scale = 0.0
+            if mine.name in a.values and other.name in b.values:
+                gradient = b.values[other.name]
+                yield _compared(
+                    f"gradient {mine.name}", a.values[mine.name], other.name, gradient, "gradient", precision
+                )
+                scale = float(np.abs(gradient, dtype=np.float64).max(initial=0.0))
+            for module in sorted({module_of(name) for name in left}, key=len, reverse=True):
+                if first.get(module) == mine.name:
+                    here = {name: left.pop(name) for name in list(left) if module_of(name) == module}
+                    yield from _group(module, here, a.parameters, b.parameters, "gradient", precision, scale)
+        for module in dict.fromkeys(map(module_of, left)):
+            yield from _group(module, left, a.parameters, b.parameters, "gradient", precision)
+        for place in sorted(a.inputs.keys() & b.inputs.keys()):
+            name = f"input[{place}]"
+            yield _compared(f"gradient {name}", a.inputs[place], name, b.inputs[place], "gradient", precision)
+
+    def _alone(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names without a partner, of values, parameters and state."""
+        of_state = self.parameters | self.state
+        paired = [
+            {a.name for a, _ in self.pairs} | of_state.keys(),
+            {b.name for _, b in self.pairs} | {partner for partner, _ in of_state.values()},
+        ]
+        ours, theirs = (
+            tuple(n for n in (*(v.name for v in run.values), *side.parameters, *side.state) if n not in names)
+            for side, run, names in zip(self.sides, self.runs["float64"], paired, strict=True)
+        )
+        return ours, theirs
+
+    def _notes(self, torch_module: torch.nn.Module) -> Iterator[str]:
+        """State what is random, not finite, in another mode, or different from the start."""
+        for side, names, run in zip(self.sides, self.random, self.runs["float64"], strict=True):
+            if names:
+                yield f"{side.library} is random, first at {names[0]!r}: two runs differ there, by dropout or the like."
+            bad = (v for v in run.values if _floating(v.value) and not np.isfinite(v.value.astype(np.float64)).all())
+            if first := next(bad, None):
+                yield f"{side.library}'s first value not to be finite is {first.name!r}: {_not_finite(first.value)}."
+        if self.random[1] and (dropping := _dropping(torch_module)):
+            yield f"PyTorch's modules that drop, in training mode: {', '.join(dropping)}."
+        (ours, theirs), runs = self.sides, self.runs["float64"]
+        for name, (partner, _) in self.state.items():
+            moved = [
+                not np.array_equal(side.state[key], run.state[key])
+                for side, run, key in zip(self.sides, runs, (name, partner), strict=True)
+            ]
+            if moved[0] != moved[1]:
+                alone = ours.library if moved[0] else theirs.library
+                yield f"Only {alone} updates {name!r} ({partner!r}): the other side does not train."
+                break
+        unequal = [
+            f"{name!r} ({partner!r})"
+            for name, (partner, arrange) in self.parameters.items()
+            if not np.array_equal(ours.parameters[name], arrange(theirs.parameters[partner]))
+        ]
+        if unequal:
+            yield f"Not the same weights on both sides: {', '.join(unequal)}."
+
+    def _place(self, first: Comparison) -> str:
+        """State where the first departure arises, from what agrees before it."""
+        place = next(
+            (i for i, (a, b) in enumerate(self.pairs) if (a.name, b.name) == (first.stage, first.tensor)), None
+        )
+        if place is None:
+            return ""
+        mine, other = self.pairs[place]
+        after = between = ""
+        if place:
+            after = f" after {self.pairs[place - 1][0].name!r}, which agrees"
+            between = self._between(place)
+        if mine.source is None or other.source is None or mine.source.shape != other.source.shape:
+            return f"It arises{after}.{between}" if after else ""
+        if _compared("", mine.source, "", other.source, "forward", "float64").passed:
+            inside = after if place and self.pairs[place - 1][0].module.startswith(f"{mine.module}/") else ""
+            return f"Its input agrees, so that it arises inside{inside}."
+        return f"Its input departs already, so that it arises before{after}.{between}"
+
+    def _between(self, place: int) -> str:
+        """Name what either side has alone between a pair and the one before it."""
+        found = []
+        for which, run in enumerate(self.runs["float64"]):
+            names = [value.name for value in run.values]
+            start, end = (names.index(pair[which].name) for pair in (self.pairs[place - 1], self.pairs[place]))
+            if between := names[start + 1 : end]:
+                found.append(f"{self.sides[which].library} has {', '.join(map(repr, between))} there")
+        return f" {' and '.join(found)}." if found else ""
+
+
+def _in_our_layout(run: Run, layouts: Layouts) -> Run:
+    """Return a run of PyTorch's with the axes of its values, and of their gradients, in Flax's order."""
+
+    def value(one: Value) -> Value:
+        source = None if one.source is None else layouts.to_ours(one.name, one.source)
+        return replace(one, value=layouts.to_ours(one.name, one.value), source=source)
+
+    def backward(weights: Arrays) -> Gradients:
+        found = run.backward({name: layouts.to_theirs(name, values) for name, values in weights.items()})
+        return Gradients(
+            {name: layouts.to_ours(name, values) for name, values in found.values.items()},
+            found.parameters,
+            {place: layouts.to_ours("input", values) for place, values in found.inputs.items()},
+        )
+
+    return Run(tuple(map(value, run.values)), run.state, backward)
+
+
+def _unlike(run: Run, again: Run) -> list[str]:
+    """Return the values that the second run does not repeat."""
+    second = {value.name: value.value for value in again.values}
+    return [
+        one.name
+        for one in run.values
+        if np.isfinite(one.value.astype(np.float64)).all()
+        and not _compared("", second.get(one.name, np.zeros(0)), "", one.value, "forward", None).passed
+    ]
+
+
+def _dropping(module: torch.nn.Module) -> list[str]:
+    """Return the names of modules in training mode that drop something."""
+    rates = ("p", "dropout", "drop_prob", "drop_rate")
+    return [
+        name
+        for name, part in module.named_modules()
+        if part.training and any(isinstance(p := getattr(part, rate, 0), float) and p > 0 for rate in rates)
+    ]
+
+
+def _floating(values: Array) -> bool:
+    return values.dtype.kind in "fV"  # V: bfloat16
+
+
+def _group(
+    module: str, pairs: Parameters, ours: Arrays, theirs: Arrays, kind: Kind, precision: Precision, scale: float = 0.0
+) -> Iterator[Comparison]:
+    """Compare the parameters of one module, or its state, relative to the largest of them all.
+
+    A gradient that is zero but for rounding, as of a bias before a normalisation, has no scale of its own.
+    """
+    found = [
+        (n, ours[n], other, arrange(theirs[other])) for n, (other, arrange) in pairs.items() if module_of(n) == module
+    ]
+    scale = max([scale, *(float(np.abs(b, dtype=np.float64).max(initial=0.0)) for *_, b in found)])
+    for _, a, other, b in found:
+        yield _compared(stage, a, other, b, kind, precision, scale=scale)
+
+
+def _compared(
+    stage: str,
+    ours: Array,
+    tensor: str,
+    theirs: Array,
+    kind: Kind,
+    precision: Precision | None,
+    *,
+    fault: str = "",
+    scale: float = 0.0,
+) -> Comparison:
+    """Compare two arrays relative to the larger of PyTorch's largest value and the scale; integers exactly.
+
+    The precision is the one in which both have to be computed; without it, float64's bound holds for any.
+    """
+    bound = BOUNDS[kind if _floating(theirs) else "exact"].at(precision or "float64")
+    if ours.shape != theirs.shape:
+        hint = ", the same in another order: see layouts" if sorted(ours.shape) == sorted(theirs.shape) else ""
+        fault = f"shape {ours.shape} in Flax, {theirs.shape} in PyTorch{hint}"
+        return Comparison(tensor, math.nan, math.nan, bound, fault, stage)
+    if not ours.size:
+        return Comparison(tensor, 0.0, 0.0, bound, fault, stage)
+    sides = {"Flax": ours, "PyTorch": theirs}
+    low = [
+        f"computed in {a.dtype} by {name}"
+        for name, a in sides.items()
+        if precision and _floating(a) and a.dtype != precision
+    ]
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    same = np.isinf(ours) & (ours == theirs)  # such as a mask of attention
+    ours, theirs = np.where(same, 0.0, ours), np.where(same, 0.0, theirs)
+    bad = [
+        f"{_not_finite(a)} in {name}" for name, a in (("Flax", ours), ("PyTorch", theirs)) if not np.isfinite(a).all()
+    ]
+    one = tensors.compare(tensor, ours, theirs, bound, fault=fault or ", ".join(bad + low), stage=stage)
+    scale = max(scale, float(np.abs(theirs).max())) or 1.0
+    return replace(one, max_rel=one.max_abs / scale)
+
+
+def _not_finite(values: Array) -> str:
+    """Return the first value that is not finite, and where it is."""
+    place = tuple(map(int, np.argwhere(~np.isfinite(values))[0]))
+    return f"{values[place]} at {place}"
+
+
+@dataclass(frozen=True)
+class TraceArguments:
+    """Compare a Flax module with a PyTorch module, layer by layer."""
+
+    pair: tyro.conf.Positional[str]
+    """FILE.py:FUNCTION. The function returns the arguments of `parity.trace`: a tuple of the first four or five, or a
+    dictionary by their names. The file is executed."""
+
+
+def trace_command(arguments: TraceArguments) -> int:
+    """Return 0 where the two agree, 1 where they part or one of them raised, 2 on wrong usage."""
+    try:
+        given = _call(arguments.pair)
+        report = trace(**given) if isinstance(given, Mapping) else trace(*given)
+    except StatedError as error:
+        print(error, file=sys.stderr)
+        return 2 if error.field else 1
+    print(report)
+    return 0 if report.passed else 1
+
+
+def _call(pair: str) -> Any:
+    """Execute a file, and return what its function returns."""
+    path, _, name = pair.rpartition(":")
+    spec = importlib.util.spec_from_file_location("traced_pair", path) if Path(path).is_file() else None
+    if spec is None or spec.loader is None:
+        raise StatedError(f"{pair!r} does not name a file that is there, as FILE.py:FUNCTION", field="pair")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses, as linen's modules are, look for their module
+    spec.loader.exec_module(module)
+    if not callable(function := getattr(module, name, None)):
+        raise StatedError(f"{path} has no function {name!r}", field="pair")
+    given = function()
+    names = list(inspect.signature(trace).parameters)
+    fits = (
+        set(names[:4]) <= given.keys() <= set(names)
+        if isinstance(given, Mapping)
+        else isinstance(given, tuple) and len(given) in (4, 5)
+    )
+    if not fits:
+        raise StatedError(
+            f"{pair} returned {shown(given)}, not a tuple (module, variables, torch_module, inputs[, torch_inputs]) "
+            f"nor a dictionary of {', '.join(names)}",
+            field="pair",
+        )
+    return given
