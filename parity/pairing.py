@@ -8,13 +8,13 @@ partner. Agreement of values is the strongest sign of a pair, weights of the sam
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from mae_jax.errors import StatedError
-from parity.captures import Array, Arrays, Value
+from parity.captures import Array, Arrays, Gradients, Run, Value
 
 Names = Mapping[str, str]
 
@@ -61,6 +61,21 @@ class Layouts:
 
     def to_theirs(self, name: str, ours: Array) -> Array:
         return np.transpose(ours, np.argsort(self._order(name, ours.ndim)))
+
+    def of(self, run: Run) -> Run:
+        """Return a run of PyTorch's with the axes of its values, and of the gradients there, in Flax's order."""
+
+        def value(one: Value) -> Value:
+            source = None if one.source is None else self.to_ours(one.name, one.source)
+            return replace(one, value=self.to_ours(one.name, one.value), source=source)
+
+        def backward(weights: Arrays) -> Gradients:
+            found = run.backward({name: self.to_theirs(name, values) for name, values in weights.items()})
+            values = {name: self.to_ours(name, values) for name, values in found.values.items()}
+            inputs = {place: self.to_ours("input", values) for place, values in found.inputs.items()}
+            return Gradients(values, found.parameters, inputs)
+
+        return Run(tuple(map(value, run.values)), run.state, backward)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,10 @@ of a fixed random sum of the outputs, from there back to the inputs.
 
 import importlib.util
 import inspect
-import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,71 +19,16 @@ import torch
 import tyro
 
 from mae_jax.errors import StatedError, shown
-from mae_jax.port import compare as tensors
 from mae_jax.port.compare import Comparison
-from parity.bounds import BOUNDS, Kind, Precision
-from parity.captures import OUTPUT, Array, Arrays, Flax, Gradients, Run, Side, Torch, Value
+from parity.bounds import Kind, Precision
+from parity.capture_flax import Flax
+from parity.capture_torch import Torch
+from parity.captures import Arrays, Run, floating
+from parity.departures import Report, compared, largest, not_finite
 from parity.pairing import Layouts, Names, module_of, pair_parameters, pair_values
-from parity.report import COLUMNS, line, rows
 
 PRECISIONS: tuple[Precision, ...] = ("float64", "float32")
 Parameters = Mapping[str, tuple[str, Any]]  # ours: PyTorch's, and what arranges PyTorch's as ours
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a trace found.
-
-    results: the stage is Flax's name, the tensor PyTorch's; values in the order data flows, then gradients backwards.
-    alone: values and parameters without a partner, of Flax and of PyTorch.
-    notes: what else has to be known, a sentence each.
-    place: where the first departure arises.
-    """
-
-    results: Mapping[Precision, tuple[Comparison, ...]]
-    alone: tuple[tuple[str, ...], tuple[str, ...]]
-    notes: tuple[str, ...]
-    place: str = ""
-
-    @property
-    def first_departure(self) -> Comparison | None:
-        """Return the first result beyond its bound: in float64, and where all agree there, in float32."""
-        return next((one for results in self.results.values() for one in results if not one.passed), None)
-
-    @property
-    def passed(self) -> bool:
-        return all(self.results.values()) and self.first_departure is None
-
-    @property
-    def verdict(self) -> str:
-        """State in a few sentences how it ended."""
-        first = self.first_departure
-        if first is None:
-            count = len(self.results["float64"])
-            return f"All {count} pairs agree, in float64 and in float32." if count else "Nothing could be paired."
-        precision = next(precision for precision, results in self.results.items() if first in results)
-        reason = first.fault or f"relative error {first.max_rel:.1e}, bound {first.bound:.0e}"
-        return (
-            f"They part in {precision} at {first.stage!r}, in PyTorch {first.tensor!r}: {reason}. {self.place}".strip()
-        )
-
-    @property
-    def table(self) -> str:
-        """Return a row for each pair, at each precision; then what is alone, the notes, and the verdict."""
-        lines = []
-        for precision, results in self.results.items():
-            lines += [precision, line(COLUMNS)]
-            groups = [list(group) for _, group in groupby(results, key=lambda one: one.stage)]
-            for (stage, *numbers, verdict), group in zip(rows(list(results)), groups, strict=True):
-                short = stage if len(stage) < 32 else f"...{stage[-28:]}"
-                lines.append(line((short, *numbers, f"ok: {group[0].tensor}" if verdict == "ok" else verdict)))
-            lines.append("")
-        for library, names in zip(("Flax", "PyTorch"), self.alone, strict=True):
-            lines += [f"Without a partner, of {library}: {', '.join(names)}"] if names else []
-        return "\n".join([*lines, *self.notes, self.verdict])
-
-    def __str__(self) -> str:
-        return self.table
 
 
 def trace(
@@ -124,28 +67,30 @@ def trace(
     for field, given in (("inputs", inputs), ("torch_inputs", torch_inputs)):
         if not isinstance(given, tuple | list | None):
             raise StatedError(f"{field} is {shown(given)}: give a tuple of the arguments", field=field)
+    if not isinstance(torch_module, torch.nn.Module):
+        raise StatedError(f"torch_module is {shown(torch_module)}, not a module of PyTorch", field="torch_module")
     theirs = Torch(torch_module, tuple(inputs if torch_inputs is None else torch_inputs), torch_kwargs or {})
     ours = Flax(module, variables, tuple(inputs), kwargs or {}, method)
-    return _Trace(ours, theirs, dict(names or {}), Layouts(layouts), seed).report(torch_module)
+    return _Trace(ours, theirs, dict(names or {}), Layouts(layouts), seed).report()
 
 
 class _Trace:
     """Both sides' runs, and their pairs."""
 
-    def __init__(self, ours: Side, theirs: Side, names: Names, layouts: Layouts, seed: int) -> None:
-        self.sides, self.layouts, self.seed = (ours, theirs), layouts, seed
+    def __init__(self, ours: Flax, theirs: Torch, names: Names, layouts: Layouts, seed: int) -> None:
+        self.seed = seed
+        self.sides: tuple[Flax | Torch, Flax | Torch] = ours, theirs
         self.runs: dict[Precision, tuple[Run, Run]] = {
-            precision: (ours.run(precision, seed), _in_our_layout(theirs.run(precision, seed), layouts))
-            for precision in PRECISIONS
+            precision: (ours.run(precision, seed), layouts.of(theirs.run(precision, seed))) for precision in PRECISIONS
         }
         first, second = self.runs["float64"]
         self._check(names)
         self.pairs = pair_values(first.values, second.values, ours.parameters, theirs.parameters, names)
-        modules = dict.fromkeys((a.module, b.module) for a, b in self.pairs)
+        modules = dict.fromkeys((a.module, b.module) for a, b in self.pairs if b.module not in theirs.transposed)
         self.parameters = pair_parameters(modules, ours.parameters, theirs.parameters, names)
         self.state = pair_parameters(modules, ours.state, theirs.state, names)
         # What a side's second run does not repeat.
-        again = ours.run("float64", seed + 1), _in_our_layout(theirs.run("float64", seed + 1), layouts)
+        again = ours.run("float64", seed + 1), layouts.of(theirs.run("float64", seed + 1))
         self.random = [_unlike(*runs) for runs in zip(self.runs["float64"], again, strict=True)]
 
     def _check(self, names: Names) -> None:
@@ -156,13 +101,13 @@ class _Trace:
                     message = f"names: {side.library}'s model has no {name!r}; it has {', '.join(known)}"
                     raise StatedError(message, field="names")
 
-    def report(self, torch_module: torch.nn.Module) -> Report:
+    def report(self) -> Report:
         weights = self._weights()
         results = {
             precision: (*self._values(precision), *(self._gradients(precision, *weights) if weights[0] else ()))
             for precision in self.runs
         }
-        notes = list(self._notes(torch_module))
+        notes = list(self._notes())
         if not weights[0]:
             notes.append("No outputs are of the same shape: gradients are not compared.")
         found = Report(results, self._alone(), tuple(notes))
@@ -180,7 +125,7 @@ class _Trace:
                 if value.name in names
             ]
             fault = f"random in {' and '.join(random)}" if random else ""
-            yield _compared(mine.name, a[mine.name], other.name, b[other.name], "forward", precision, fault=fault)
+            yield compared(mine.name, a[mine.name], other.name, b[other.name], "forward", precision, fault=fault)
             if last[mine.module] == mine.name:
                 yield from _group(mine.module, self.state, ours.state, theirs.state, "forward", precision)
 
@@ -191,36 +136,33 @@ class _Trace:
         weights = [
             (a.name, b.name, random.standard_normal(a.value.shape))
             for a, b in outputs
-            if a.value.shape == b.value.shape and _floating(a.value) and _floating(b.value)
+            if a.value.shape == b.value.shape and floating(a.value) and floating(b.value)
         ]
         return {a: values for a, _, values in weights}, {b: values for _, b, values in weights}
 
     def _gradients(self, precision: Precision, ours: Arrays, theirs: Arrays) -> Iterator[Comparison]:
-        """Compare gradients from the outputs backwards: of values, of a module's parameters after its parts, of inputs."""
+        """Compare gradients from the outputs back: of values, of a module's parameters after its parts, of inputs."""
         a, b = (run.backward(weights) for run, weights in zip(self.runs[precision], (ours, theirs), strict=True))
-        first: dict[str, str] = {}  # of what each module and its parts return
-        for mine, _ in self.pairs:
-            parts = mine.module.split("/")
-            for depth in range(len(parts) + 1):
-                first.setdefault("/".join(parts[:depth]), mine.name)
-        left = dict(self.parameters)
+        due: dict[str, list[str]] = {}  # the modules whose parts have all been passed, by the value where that is
+        for module in dict.fromkeys(map(module_of, self.parameters)):
+            inside = (
+                mine.name for mine, _ in self.pairs if f"{mine.module}/".startswith(f"{module}/" if module else "")
+            )
+            due.setdefault(next(inside, ""), []).append(module)
         for mine, other in reversed(self.pairs):
             scale = 0.0
             if mine.name in a.values and other.name in b.values:
                 gradient = b.values[other.name]
-                yield _compared(
-                    f"gradient {mine.name}", a.values[mine.name], other.name, gradient, "gradient", precision
-                )
-                scale = float(np.abs(gradient, dtype=np.float64).max(initial=0.0))
-            for module in sorted({module_of(name) for name in left}, key=len, reverse=True):
-                if first.get(module) == mine.name:
-                    here = {name: left.pop(name) for name in list(left) if module_of(name) == module}
-                    yield from _group(module, here, a.parameters, b.parameters, "gradient", precision, scale)
-        for module in dict.fromkeys(map(module_of, left)):
-            yield from _group(module, left, a.parameters, b.parameters, "gradient", precision)
+                stage = f"gradient {mine.name}"
+                yield compared(stage, a.values[mine.name], other.name, gradient, "gradient", precision)
+                scale = largest(gradient)
+            for module in sorted(due.get(mine.name, ()), key=len, reverse=True):
+                yield from _group(module, self.parameters, a.parameters, b.parameters, "gradient", precision, scale)
+        for module in due.get("", ()):
+            yield from _group(module, self.parameters, a.parameters, b.parameters, "gradient", precision)
         for place in sorted(a.inputs.keys() & b.inputs.keys()):
             name = f"input[{place}]"
-            yield _compared(f"gradient {name}", a.inputs[place], name, b.inputs[place], "gradient", precision)
+            yield compared(f"gradient {name}", a.inputs[place], name, b.inputs[place], "gradient", precision)
 
     def _alone(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the names without a partner, of values, parameters and state."""
@@ -235,16 +177,16 @@ class _Trace:
         )
         return ours, theirs
 
-    def _notes(self, torch_module: torch.nn.Module) -> Iterator[str]:
+    def _notes(self) -> Iterator[str]:
         """State what is random, not finite, in another mode, or different from the start."""
         for side, names, run in zip(self.sides, self.random, self.runs["float64"], strict=True):
             if names:
                 yield f"{side.library} is random, first at {names[0]!r}: two runs differ there, by dropout or the like."
-            bad = (v for v in run.values if _floating(v.value) and not np.isfinite(v.value.astype(np.float64)).all())
+                if side.dropping:
+                    yield f"{side.library}'s modules that drop, in training mode: {', '.join(side.dropping)}."
+            bad = (v for v in run.values if floating(v.value) and not np.isfinite(v.value.astype(np.float64)).all())
             if first := next(bad, None):
-                yield f"{side.library}'s first value not to be finite is {first.name!r}: {_not_finite(first.value)}."
-        if self.random[1] and (dropping := _dropping(torch_module)):
-            yield f"PyTorch's modules that drop, in training mode: {', '.join(dropping)}."
+                yield f"{side.library}'s first value not to be finite is {first.name!r}: {not_finite(first.value)}."
         (ours, theirs), runs = self.sides, self.runs["float64"]
         for name, (partner, _) in self.state.items():
             moved = [
@@ -277,7 +219,7 @@ class _Trace:
             between = self._between(place)
         if mine.source is None or other.source is None or mine.source.shape != other.source.shape:
             return f"It arises{after}.{between}" if after else ""
-        if _compared("", mine.source, "", other.source, "forward", "float64").passed:
+        if compared("", mine.source, "", other.source, "forward", "float64").passed:
             inside = after if place and self.pairs[place - 1][0].module.startswith(f"{mine.module}/") else ""
             return f"Its input agrees, so that it arises inside{inside}."
         return f"Its input departs already, so that it arises before{after}.{between}"
@@ -293,24 +235,6 @@ class _Trace:
         return f" {' and '.join(found)}." if found else ""
 
 
-def _in_our_layout(run: Run, layouts: Layouts) -> Run:
-    """Return a run of PyTorch's with the axes of its values, and of their gradients, in Flax's order."""
-
-    def value(one: Value) -> Value:
-        source = None if one.source is None else layouts.to_ours(one.name, one.source)
-        return replace(one, value=layouts.to_ours(one.name, one.value), source=source)
-
-    def backward(weights: Arrays) -> Gradients:
-        found = run.backward({name: layouts.to_theirs(name, values) for name, values in weights.items()})
-        return Gradients(
-            {name: layouts.to_ours(name, values) for name, values in found.values.items()},
-            found.parameters,
-            {place: layouts.to_ours("input", values) for place, values in found.inputs.items()},
-        )
-
-    return Run(tuple(map(value, run.values)), run.state, backward)
-
-
 def _unlike(run: Run, again: Run) -> list[str]:
     """Return the values that the second run does not repeat."""
     second = {value.name: value.value for value in again.values}
@@ -318,22 +242,8 @@ def _unlike(run: Run, again: Run) -> list[str]:
         one.name
         for one in run.values
         if np.isfinite(one.value.astype(np.float64)).all()
-        and not _compared("", second.get(one.name, np.zeros(0)), "", one.value, "forward", None).passed
+        and not compared("", second.get(one.name, np.zeros(0)), "", one.value, "forward", None).passed
     ]
-
-
-def _dropping(module: torch.nn.Module) -> list[str]:
-    """Return the names of modules in training mode that drop something."""
-    rates = ("p", "dropout", "drop_prob", "drop_rate")
-    return [
-        name
-        for name, part in module.named_modules()
-        if part.training and any(isinstance(p := getattr(part, rate, 0), float) and p > 0 for rate in rates)
-    ]
-
-
-def _floating(values: Array) -> bool:
-    return values.dtype.kind in "fV"  # V: bfloat16
 
 
 def _group(
@@ -346,54 +256,10 @@ def _group(
     found = [
         (n, ours[n], other, arrange(theirs[other])) for n, (other, arrange) in pairs.items() if module_of(n) == module
     ]
-    scale = max([scale, *(float(np.abs(b, dtype=np.float64).max(initial=0.0)) for *_, b in found)])
-    for _, a, other, b in found:
-        yield _compared(stage, a, other, b, kind, precision, scale=scale)
-
-
-def _compared(
-    stage: str,
-    ours: Array,
-    tensor: str,
-    theirs: Array,
-    kind: Kind,
-    precision: Precision | None,
-    *,
-    fault: str = "",
-    scale: float = 0.0,
-) -> Comparison:
-    """Compare two arrays relative to the larger of PyTorch's largest value and the scale; integers exactly.
-
-    The precision is the one in which both have to be computed; without it, float64's bound holds for any.
-    """
-    bound = BOUNDS[kind if _floating(theirs) else "exact"].at(precision or "float64")
-    if ours.shape != theirs.shape:
-        hint = ", the same in another order: see layouts" if sorted(ours.shape) == sorted(theirs.shape) else ""
-        fault = f"shape {ours.shape} in Flax, {theirs.shape} in PyTorch{hint}"
-        return Comparison(tensor, math.nan, math.nan, bound, fault, stage)
-    if not ours.size:
-        return Comparison(tensor, 0.0, 0.0, bound, fault, stage)
-    sides = {"Flax": ours, "PyTorch": theirs}
-    low = [
-        f"computed in {a.dtype} by {name}"
-        for name, a in sides.items()
-        if precision and _floating(a) and a.dtype != precision
-    ]
-    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
-    same = np.isinf(ours) & (ours == theirs)  # such as a mask of attention
-    ours, theirs = np.where(same, 0.0, ours), np.where(same, 0.0, theirs)
-    bad = [
-        f"{_not_finite(a)} in {name}" for name, a in (("Flax", ours), ("PyTorch", theirs)) if not np.isfinite(a).all()
-    ]
-    one = tensors.compare(tensor, ours, theirs, bound, fault=fault or ", ".join(bad + low), stage=stage)
-    scale = max(scale, float(np.abs(theirs).max())) or 1.0
-    return replace(one, max_rel=one.max_abs / scale)
-
-
-def _not_finite(values: Array) -> str:
-    """Return the first value that is not finite, and where it is."""
-    place = tuple(map(int, np.argwhere(~np.isfinite(values))[0]))
-    return f"{values[place]} at {place}"
+    scale = max([scale, *(largest(b) for *_, b in found)])
+    for name, a, other, b in found:
+        stage = f"gradient {module or name}" if kind == "gradient" else module or name
+        yield compared(stage, a, other, b, kind, precision, scale=scale)
 
 
 @dataclass(frozen=True)
