@@ -153,6 +153,7 @@ def _linen(module: nn.Module, variables: Any) -> tuple[Any, Any, Any]:
 def _nnx(module: nnx.Module) -> tuple[Any, Any, Any]:
     """Return what applies an NNX module, its parameters and the rest of its state."""
     graph, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = states
 
     def reseed(variable: Any, seed: Any) -> Any:
         return variable.replace(variable[...] + seed) if isinstance(variable, nnx.RngCount) else variable
@@ -167,7 +168,7 @@ def _nnx(module: nnx.Module) -> tuple[Any, Any, Any]:
         captured = nnx.pop(copied, _Variable)
         return _captured(captured), nnx.state(copied, nnx.Not(nnx.Param))
 
-    return apply, *states
+    return apply, params, rest
 
 
 def _observe(part: nnx.Module, path: str, method: str, record: Record) -> None:

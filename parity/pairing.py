@@ -99,7 +99,7 @@ class _Signs:
 
     @cached_property
     def last(self) -> str:
-        return re.split(r"[./]", self.value.name.lower())[-1]
+        return re.split(r"[./]", self.value.module.lower())[-1]
 
 
 def _closeness(ours: _Signs, theirs: _Signs) -> float:
