@@ -35,6 +35,11 @@ class Report:
         return next((one for results in self.results.values() for one in results if not one.passed), None)
 
     @property
+    def precision(self) -> Precision | None:
+        """Return the precision of the first departure."""
+        return next((at for at, results in self.results.items() if not all(one.passed for one in results)), None)
+
+    @property
     def passed(self) -> bool:
         return all(self.results.values()) and self.first_departure is None
 
@@ -45,10 +50,9 @@ class Report:
         if first is None:
             count = len(self.results["float64"])
             return f"All {count} pairs agree, in float64 and in float32." if count else "Nothing could be paired."
-        precision = next(precision for precision, results in self.results.items() if first in results)
         reason = first.fault or f"relative error {first.max_rel:.1e}, bound {first.bound:.0e}"
-        agreed = "In float64 they agree: it is a matter of precision." if precision == "float32" else ""
-        where = f"They part in {precision} at {first.stage!r}, in PyTorch {first.tensor!r}: {reason}."
+        agreed = "In float64 they agree: it is a matter of precision." if self.precision == "float32" else ""
+        where = f"They part in {self.precision} at {first.stage!r}, in PyTorch {first.tensor!r}: {reason}."
         return " ".join(filter(None, (where, self.place, agreed)))
 
     @property

@@ -78,7 +78,7 @@ class Layouts:
         return Run(tuple(map(value, run.values)), run.state, backward)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Signs:
     """What a value can be recognised by."""
 
@@ -90,6 +90,7 @@ class _Signs:
     @cached_property
     def print(self) -> tuple[float, float]:
         values = self.value.value.astype(np.float64).ravel()
+        values = np.where(np.isfinite(values), values, 0.0)
         direction = np.random.default_rng(values.size).standard_normal(values.size)
         return float(np.linalg.norm(values)), float(values @ direction)
 
@@ -119,6 +120,10 @@ def _closeness(ours: _Signs, theirs: _Signs) -> float:
         return 0.0
     words = set(ours.words) & set(theirs.words), set(ours.words) | set(theirs.words)
     similar = len(words[0]) / len(words[1])
+    if not related:
+        return (
+            0.1 + similar
+        )  # only what nothing better pairs: a dropout that is off returns what the layer before it did
     return 8.0 * agree + 4.0 * alike + same_shape + 0.5 * (ours.composite == theirs.composite) + similar
 
 
@@ -141,7 +146,14 @@ def pair_values(
         [sign for sign in _signs(side, sizes, end) if sign.value.name not in out]
         for side, sizes, end, out in zip((ours, theirs), (our_sizes, their_sizes), ends, left, strict=True)
     )
-    found = fixed | {a[i].value.name: b[j].value.name for i, j in _align(a, b)}
+    found = dict(fixed)
+    while pairs := _align(a, b):
+        found |= {mine.value.name: other.value.name for mine, other in pairs}
+        # Branches that the two compute in another order are left, and their layers are known by their weights.
+        a, b = (
+            [sign for sign in side if sign.sizes and sign not in out]
+            for side, out in zip((a, b), zip(*pairs, strict=True), strict=True)
+        )
     return [(value, by_name[found[value.name]]) for value in ours if value.name in found]
 
 
@@ -161,8 +173,8 @@ def _signs(values: Sequence[Value], parameters: Arrays, ends: Mapping[str, str])
         yield _Signs(value, sizes.get(value.module, Counter()), value.module in parents, scope)
 
 
-def _align(ours: list[_Signs], theirs: list[_Signs]) -> list[tuple[int, int]]:
-    """Return the places of the pairs that do not cross and have the largest closeness in sum."""
+def _align(ours: list[_Signs], theirs: list[_Signs]) -> list[tuple[_Signs, _Signs]]:
+    """Return the pairs that do not cross and have the largest closeness in sum."""
     best = np.zeros((len(ours) + 1, len(theirs) + 1))
     close = np.array([[_closeness(a, b) for b in theirs] for a in ours]).reshape(len(ours), len(theirs))
     for i, j in np.ndindex(close.shape):
@@ -175,7 +187,7 @@ def _align(ours: list[_Signs], theirs: list[_Signs]) -> list[tuple[int, int]]:
             j -= 1
         else:
             i, j = i - 1, j - 1
-            pairs.append((i, j))
+            pairs.append((ours[i], theirs[j]))
     return pairs[::-1]
 
 

@@ -111,7 +111,8 @@ class _Trace:
         if not weights[0]:
             notes.append("No outputs are of the same shape: gradients are not compared.")
         found = Report(results, self._alone(), tuple(notes))
-        return replace(found, place=self._place(found.first_departure)) if found.first_departure else found
+        first, precision = found.first_departure, found.precision
+        return replace(found, place=self._place(precision, first)) if first and precision else found
 
     def _values(self, precision: Precision) -> Iterator[Comparison]:
         """Compare what each pair of modules returns, and their running statistics after the last of it."""
@@ -205,28 +206,31 @@ class _Trace:
         if unequal:
             yield f"Not the same weights on both sides: {', '.join(unequal)}."
 
-    def _place(self, first: Comparison) -> str:
-        """State where the first departure arises, from what agrees before it."""
-        place = next(
-            (i for i, (a, b) in enumerate(self.pairs) if (a.name, b.name) == (first.stage, first.tensor)), None
-        )
-        if place is None:
+    def _place(self, precision: Precision, first: Comparison) -> str:
+        """State where the first departure arises, from what agrees before it; nothing where it is no value's."""
+        names = [(a.name, b.name) for a, b in self.pairs]
+        if (first.stage, first.tensor) not in names:
             return ""
-        mine, other = self.pairs[place]
-        after = between = ""
-        if place:
-            after = f" after {self.pairs[place - 1][0].name!r}, which agrees"
-            between = self._between(place)
-        if mine.source is None or other.source is None or mine.source.shape != other.source.shape:
-            return f"It arises{after}.{between}" if after else ""
-        if compared("", mine.source, "", other.source, "forward", "float64").passed:
-            inside = after if place and self.pairs[place - 1][0].module.startswith(f"{mine.module}/") else ""
-            return f"Its input agrees, so that it arises inside{inside}."
-        return f"Its input departs already, so that it arises before{after}.{between}"
+        place = names.index((first.stage, first.tensor))
+        before = self.pairs[place - 1][0] if place else None
+        after = f" after {before.name!r}, which agrees" if before else ""
+        ours, theirs = (
+            next(value.source for value in run.values if value.name == name)
+            for run, name in zip(self.runs[precision], names[place], strict=True)
+        )
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            return f"It arises{after}.{self._between(place)}" if before else ""
+        if not compared("", ours, "", theirs, "forward", precision).passed:
+            return f"Its input departs already: it arises{after or ' in the inputs'}.{self._between(place)}"
+        module = self.pairs[place][0].module
+        inside = before is not None and before.module.startswith(f"{module}/" if module else "")
+        return f"Its input agrees: it arises inside{after if inside else ''}."
 
     def _between(self, place: int) -> str:
         """Name what either side has alone between a pair and the one before it."""
-        found = []
+        found: list[str] = []
+        if not place:
+            return ""
         for which, run in enumerate(self.runs["float64"]):
             names = [value.name for value in run.values]
             start, end = (names.index(pair[which].name) for pair in (self.pairs[place - 1], self.pairs[place]))
