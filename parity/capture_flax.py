@@ -90,7 +90,7 @@ class Flax:
                 if floating(one.output)
             }
             outputs, vjp, (captured, after) = jax.vjp(forward, parameters, varied, added, has_aux=True)
-            modules = dict(self._record.modules)
+            modules, reached = dict(self._record.modules), set(self._record.reached)
 
         def backward(weights: Arrays) -> Gradients:
             with _settings(precision), stated(f"Flax's backward pass in {precision}", self._record):
@@ -99,7 +99,7 @@ class Flax:
                     {name: jnp.asarray((zeros | weights)[name], output.dtype) for name, output in outputs.items()}
                 )
                 return Gradients(
-                    {name: as_array(gradient) for name, gradient in to_values.items()},
+                    {name: as_array(to_values[name]) for name in reached},
                     _by_name(to_parameters),
                     {place: as_array(gradient) for place, gradient in to_inputs.items()},
                 )

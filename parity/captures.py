@@ -1,6 +1,7 @@
 """What the modules of a model return, and the gradients there, in one form for Flax and PyTorch."""
 
 import dataclasses
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ class Record:
         self.start({})
 
     def start(self, added: Mapping[str, Any]) -> None:
-        self.added = added  # to each value by its name
+        self.added, self.reached = added, set[str]()  # to each value by its name; the names of those it was added to
         self.running: list[tuple[str, Any]] = []
         self.modules: dict[str, str] = {}
         self.calls: Counter[str] = Counter()
@@ -95,7 +96,11 @@ class Record:
         def change(label: str, array: Any) -> Any:
             name = f"{path or OUTPUT}{call}{label}"
             self.modules[name] = path
-            return store(name, Captured(array + self.added[name] if name in self.added else array, source))
+            # Within a scan or a vmap of NNX a value is smaller than what comes out.
+            if name in self.added and self.added[name].shape == array.shape:
+                self.reached.add(name)
+                array = array + self.added[name]
+            return store(name, Captured(array, source))
 
         return changed(output, change)
 
@@ -107,9 +112,8 @@ def stated(what: str, record: Record) -> Iterator[None]:
         yield
     except Exception as error:
         place = f" in {record.running[-1][0]!r}" if record.running and record.running[-1][0] else ""
-        lines = str(error).strip().splitlines() or [""]
-        message = f"{what} raised {type(error).__name__}{place}: {lines[0]}"
-        raise StatedError(message) from error
+        reason = textwrap.shorten(str(error), 400)
+        raise StatedError(f"{what} raised {type(error).__name__}{place}: {reason}") from error
 
 
 def changed(tree: Any, change: Callable[[str, Any], Any], label: str = "") -> Any:
@@ -153,6 +157,12 @@ def as_array(array: Any) -> Array:
         # NumPy alone has no bfloat16.
         return array.float().numpy().astype(jnp.bfloat16) if array.dtype == torch.bfloat16 else array.numpy()
     return np.asarray(array)
+
+
+def merges(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Return whether one shape is the other with neighbouring axes merged: heads and their width, rows and columns."""
+    ends = [{int(np.prod(shape[:i])) for i in range(1, len(shape) + 1)} - {1} for shape in (one, other)]
+    return np.prod(one) == np.prod(other) and (ends[0] <= ends[1] or ends[1] <= ends[0])
 
 
 def values_of(modules: Mapping[str, str], kept: Mapping[str, Captured]) -> tuple[Value, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from mae_jax.port import compare as tensors
 from mae_jax.port.compare import Comparison
 from parity.bounds import BOUNDS, Kind, Precision
-from parity.captures import Array, floating
+from parity.captures import Array, floating, merges
 from parity.report import COLUMNS, line, rows
 
 
@@ -31,7 +31,7 @@ class Report:
 
     @property
     def first_departure(self) -> Comparison | None:
-        """Return the first result beyond its bound: in float64, and where all agree there, in float32."""
+        """Return the first result beyond its bound, at the first precision where there is one."""
         return next((one for results in self.results.values() for one in results if not one.passed), None)
 
     @property
@@ -48,10 +48,14 @@ class Report:
         """State in a few sentences how it ended."""
         first = self.first_departure
         if first is None:
-            count = len(self.results["float64"])
-            return f"All {count} pairs agree, in float64 and in float32." if count else "Nothing could be paired."
+            count = len(next(iter(self.results.values())))
+            return (
+                f"All {count} pairs agree, in {' and in '.join(self.results)}." if count else "Nothing could be paired."
+            )
         reason = first.fault or f"relative error {first.max_rel:.1e}, bound {first.bound:.0e}"
-        agreed = "In float64 they agree: it is a matter of precision." if self.precision == "float32" else ""
+        agreed = (
+            "In float64 they agree: it is a matter of precision." if self.precision != next(iter(self.results)) else ""
+        )
         where = f"They part in {self.precision} at {first.stage!r}, in PyTorch {first.tensor!r}: {reason}."
         return " ".join(filter(None, (where, self.place, agreed)))
 
@@ -84,12 +88,16 @@ def compared(
     *,
     fault: str = "",
     scale: float = 0.0,
+    merged: bool = True,
 ) -> Comparison:
     """Compare two arrays relative to the larger of PyTorch's largest value and the scale; integers exactly.
 
-    The precision is the one in which both have to be computed; without it, float64's bound holds for any.
+    Neighbouring axes may be merged on one side, unless `merged` is false. The precision is the one in which both have
+    to be computed; without it, float64's bound holds for any.
     """
     bound = BOUNDS[kind if floating(theirs) else "exact"].at(precision or "float64")
+    if merged and merges(ours.shape, theirs.shape):
+        theirs = theirs.reshape(ours.shape)
     if ours.shape != theirs.shape:
         hint = ", the same in another order: see layouts" if sorted(ours.shape) == sorted(theirs.shape) else ""
         fault = f"shape {ours.shape} in Flax, {theirs.shape} in PyTorch{hint}"

@@ -5,6 +5,7 @@ therefore aligned as two sequences in the order data flows, so that pairs never 
 partner. Agreement of values is the strongest sign of a pair, weights of the same sizes the next.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from mae_jax.errors import StatedError
-from parity.captures import Array, Arrays, Gradients, Run, Value
+from parity.captures import Array, Arrays, Gradients, Run, Value, merges
 
 Names = Mapping[str, str]
 
@@ -107,8 +108,9 @@ def _closeness(ours: _Signs, theirs: _Signs) -> float:
     """Return how likely two values are the same; 0 where they cannot be paired."""
     if ours.scope != theirs.scope:
         return 0.0
-    same_shape = ours.value.value.shape == theirs.value.value.shape
-    agree = same_shape and bool(np.allclose(ours.print, theirs.print, rtol=1e-9, atol=1e-9 * theirs.print[0]))
+    same_shape = merges(ours.value.value.shape, theirs.value.value.shape)
+    error = 1e-9 if ours.value.value.dtype == theirs.value.value.dtype == np.float64 else 1e-4
+    agree = same_shape and bool(np.allclose(ours.print, theirs.print, rtol=0.0, atol=error * theirs.print[0]))
     common, either = ours.sizes & theirs.sizes, ours.sizes | theirs.sizes
     alike = sum(size * n for size, n in common.items()) / (sum(size * n for size, n in either.items()) or 1)
     related = alike > 0.4 or (
@@ -215,7 +217,7 @@ def pair_parameters(
     found = {}
     for name, partner in partners.items():
         arrange = _arranged(name, ours[name].shape)
-        if arrange(theirs[partner]).shape == ours[name].shape:
+        if merges(arrange(theirs[partner]).shape, ours[name].shape):
             found[name] = partner, arrange
     return found
 
@@ -226,6 +228,6 @@ def _arranged(name: str, shape: tuple[int, ...]) -> Callable[[Array], Array]:
     def kernel(theirs: Array) -> Array:
         turned = np.moveaxis(theirs, (0, 1), (-1, -2)) if theirs.ndim > 1 else theirs
         # A DenseGeneral has heads and width as two axes, which PyTorch's Linear has as one.
-        return turned.reshape(shape) if theirs.ndim == 2 and theirs.size == np.prod(shape) else turned
+        return turned.reshape(shape) if theirs.ndim == 2 and theirs.size == math.prod(shape) else turned
 
     return kernel if re.split(r"[./]", name)[-1] == "kernel" else lambda theirs: theirs

@@ -23,11 +23,10 @@ from mae_jax.port.compare import Comparison
 from parity.bounds import Kind, Precision
 from parity.capture_flax import Flax
 from parity.capture_torch import Torch
-from parity.captures import Arrays, Run, floating
+from parity.captures import Arrays, Run, floating, merges
 from parity.departures import Report, compared, largest, not_finite
 from parity.pairing import Layouts, Names, module_of, pair_parameters, pair_values
 
-PRECISIONS: tuple[Precision, ...] = ("float64", "float32")
 Parameters = Mapping[str, tuple[str, Any]]  # ours: PyTorch's, and what arranges PyTorch's as ours
 
 
@@ -43,6 +42,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     torch_kwargs: Mapping[str, Any] | None = None,
     method: str = "__call__",
+    precisions: tuple[Precision, ...] = ("float64", "float32"),
     seed: int = 0,
 ) -> Report:
     """Compare a Flax module with a PyTorch module, layer by layer, and change neither.
@@ -59,6 +59,7 @@ def trace(
       kwargs: the keyword arguments of Flax (`{"train": True}`).
       torch_kwargs: those of PyTorch.
       method: of the Flax module.
+      precisions: in this order; float32 alone for a model that can compute in nothing else.
       seed: of the random sum of the outputs, and of what is random in the models.
 
     Raises:
@@ -71,30 +72,38 @@ def trace(
         raise StatedError(f"torch_module is {shown(torch_module)}, not a module of PyTorch", field="torch_module")
     theirs = Torch(torch_module, tuple(inputs if torch_inputs is None else torch_inputs), torch_kwargs or {})
     ours = Flax(module, variables, tuple(inputs), kwargs or {}, method)
-    return _Trace(ours, theirs, dict(names or {}), Layouts(layouts), seed).report()
+    return _Trace(ours, theirs, dict(names or {}), Layouts(layouts), precisions, seed).report()
 
 
 class _Trace:
     """Both sides' runs, and their pairs."""
 
-    def __init__(self, ours: Flax, theirs: Torch, names: Names, layouts: Layouts, seed: int) -> None:
+    def __init__(
+        self,
+        ours: Flax,
+        theirs: Torch,
+        names: Names,
+        layouts: Layouts,
+        precisions: tuple[Precision, ...],
+        seed: int,
+    ) -> None:
         self.seed = seed
         self.sides: tuple[Flax | Torch, Flax | Torch] = ours, theirs
         self.runs: dict[Precision, tuple[Run, Run]] = {
-            precision: (ours.run(precision, seed), layouts.of(theirs.run(precision, seed))) for precision in PRECISIONS
+            precision: (ours.run(precision, seed), layouts.of(theirs.run(precision, seed))) for precision in precisions
         }
-        first, second = self.runs["float64"]
+        self.first = first, second = self.runs[precisions[0]]
         self._check(names)
         self.pairs = pair_values(first.values, second.values, ours.parameters, theirs.parameters, names)
         modules = dict.fromkeys((a.module, b.module) for a, b in self.pairs if b.module not in theirs.transposed)
         self.parameters = pair_parameters(modules, ours.parameters, theirs.parameters, names)
         self.state = pair_parameters(modules, ours.state, theirs.state, names)
         # What a side's second run does not repeat.
-        again = ours.run("float64", seed + 1), layouts.of(theirs.run("float64", seed + 1))
-        self.random = [_unlike(*runs) for runs in zip(self.runs["float64"], again, strict=True)]
+        again = ours.run(precisions[0], seed + 1), layouts.of(theirs.run(precisions[0], seed + 1))
+        self.random = [_unlike(*runs) for runs in zip(self.first, again, strict=True)]
 
     def _check(self, names: Names) -> None:
-        for side, run, given in zip(self.sides, self.runs["float64"], (names, names.values()), strict=True):
+        for side, run, given in zip(self.sides, self.first, (names, names.values()), strict=True):
             known = [*(value.name for value in run.values), *side.parameters, *side.state]
             for name in given:
                 if not any(re.match(rf"{re.escape(name)}($|[./#\[])", one) for one in known):
@@ -126,7 +135,8 @@ class _Trace:
                 if value.name in names
             ]
             fault = f"random in {' and '.join(random)}" if random else ""
-            yield compared(mine.name, a[mine.name], other.name, b[other.name], "forward", precision, fault=fault)
+            values, inner = (a[mine.name], other.name, b[other.name]), bool(mine.module or other.module)
+            yield compared(mine.name, *values, "forward", precision, fault=fault, merged=inner)
             if last[mine.module] == mine.name:
                 yield from _group(mine.module, self.state, ours.state, theirs.state, "forward", precision)
 
@@ -174,13 +184,13 @@ class _Trace:
         ]
         ours, theirs = (
             tuple(n for n in (*(v.name for v in run.values), *side.parameters, *side.state) if n not in names)
-            for side, run, names in zip(self.sides, self.runs["float64"], paired, strict=True)
+            for side, run, names in zip(self.sides, self.first, paired, strict=True)
         )
         return ours, theirs
 
     def _notes(self) -> Iterator[str]:
         """State what is random, not finite, in another mode, or different from the start."""
-        for side, names, run in zip(self.sides, self.random, self.runs["float64"], strict=True):
+        for side, names, run in zip(self.sides, self.random, self.first, strict=True):
             if names:
                 yield f"{side.library} is random, first at {names[0]!r}: two runs differ there, by dropout or the like."
                 if side.dropping:
@@ -188,7 +198,7 @@ class _Trace:
             bad = (v for v in run.values if floating(v.value) and not np.isfinite(v.value.astype(np.float64)).all())
             if first := next(bad, None):
                 yield f"{side.library}'s first value not to be finite is {first.name!r}: {not_finite(first.value)}."
-        (ours, theirs), runs = self.sides, self.runs["float64"]
+        (ours, theirs), runs = self.sides, self.first
         for name, (partner, _) in self.state.items():
             moved = [
                 not np.array_equal(side.state[key], run.state[key])
@@ -201,7 +211,7 @@ class _Trace:
         unequal = [
             f"{name!r} ({partner!r})"
             for name, (partner, arrange) in self.parameters.items()
-            if not np.array_equal(ours.parameters[name], arrange(theirs.parameters[partner]))
+            if not np.array_equal(ours.parameters[name].ravel(), arrange(theirs.parameters[partner]).ravel())
         ]
         if unequal:
             yield f"Not the same weights on both sides: {', '.join(unequal)}."
@@ -218,7 +228,7 @@ class _Trace:
             next(value.source for value in run.values if value.name == name)
             for run, name in zip(self.runs[precision], names[place], strict=True)
         )
-        if ours is None or theirs is None or ours.shape != theirs.shape:
+        if ours is None or theirs is None or not merges(ours.shape, theirs.shape):
             return f"It arises{after}.{self._between(place)}" if before else ""
         if not compared("", ours, "", theirs, "forward", precision).passed:
             return f"Its input departs already: it arises{after or ' in the inputs'}.{self._between(place)}"
@@ -231,7 +241,7 @@ class _Trace:
         found: list[str] = []
         if not place:
             return ""
-        for which, run in enumerate(self.runs["float64"]):
+        for which, run in enumerate(self.first):
             names = [value.name for value in run.values]
             start, end = (names.index(pair[which].name) for pair in (self.pairs[place - 1], self.pairs[place]))
             if between := names[start + 1 : end]:

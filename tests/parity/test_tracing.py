@@ -457,11 +457,13 @@ class Plain(nn.Module):
         return nn.Dense(3, dtype=self.dtype, name="out")(self.change(x))
 
 
-def plain(**fields: Any) -> Any:
-    theirs = perceptron()
+def plain_pair(theirs: torch.nn.Sequential, last: str = "3") -> tuple[Any, ...]:
     params = tree(theirs.state_dict())
-    variables = {"params": {"in": params["0"], "norm": params["1"], "out": params["3"]}}
-    return parity.trace(Plain(**fields), variables, theirs, (X,))
+    return {"params": {"in": params["0"], "norm": params["1"], "out": params[last]}}, theirs, (X,)
+
+
+def plain(**fields: Any) -> Any:
+    return parity.trace(Plain(**fields), *plain_pair(perceptron()))
 
 
 def test_a_gradient_that_is_stopped_departs_in_the_backward_pass_alone():
@@ -484,12 +486,20 @@ def test_a_layer_in_another_precision_is_named(name):
     assert report.first_departure in report.results["float64"]
 
 
+def test_a_model_that_computes_in_float32_alone_can_be_compared_in_it_alone():
+    report = parity.trace(Plain(dtype=jnp.float32), *plain_pair(perceptron()), precisions=("float32",))
+    assert report.verdict == f"All {len(report.results['float32'])} pairs agree, in float32."
+    report = parity.trace(Plain(jnp.square), *plain_pair(perceptron()), precisions=("float32",))
+    assert report.first_departure.stage == "out"
+    assert "float64" not in report.verdict
+
+
 def test_what_is_not_finite_is_named_with_its_side_and_place():
     report = plain(change=lambda x: x.at[2, 1].set(jnp.nan))
     assert (report.first_departure.stage, report.first_departure.fault) == ("out", "nan at (2, 0) in Flax")
     assert "Flax's first value not to be finite is 'out': nan at (2, 0)." in report.notes
 
-    variables, theirs, inputs = _plain_pair(perceptron())
+    variables, theirs, inputs = plain_pair(perceptron())
     with torch.no_grad():
         theirs[3].bias[1] = torch.inf
     report = parity.trace(Plain(), variables, theirs, inputs)
@@ -515,20 +525,15 @@ def test_dropout_that_is_on_is_named_on_either_side():
 
     theirs = perceptron()
     theirs.insert(3, torch.nn.Dropout(0.1))
-    report = parity.trace(Plain(), *_plain_pair(theirs, last="4"))
+    report = parity.trace(Plain(), *plain_pair(theirs, last="4"))
     assert "PyTorch is random, first at '3': two runs differ there, by dropout or the like." in report.notes
     assert "PyTorch's modules that drop, in training mode: 3." in report.notes
     assert report.first_departure.fault == "random in PyTorch"
 
 
-def _plain_pair(theirs: torch.nn.Sequential, last: str = "3") -> tuple[Any, ...]:
-    params = tree(theirs.state_dict())
-    return {"params": {"in": params["0"], "norm": params["1"], "out": params[last]}}, theirs, (X,)
-
-
 def test_shapes_that_differ_are_named_with_both():
     theirs = perceptron()
-    variables, _, inputs = _plain_pair(theirs)
+    variables, _, inputs = plain_pair(theirs)
     theirs[3] = torch.nn.Linear(8, 4)
     report = parity.trace(Plain(), variables, theirs, inputs)
     assert (report.first_departure.stage, report.first_departure.tensor) == ("(output)", "(output)")
@@ -539,13 +544,13 @@ def test_shapes_that_differ_are_named_with_both():
 
 
 def test_a_table_is_believed_and_compared():
-    report = parity.trace(Plain(), *_plain_pair(perceptron()), names={"in": "1"})
+    report = parity.trace(Plain(), *plain_pair(perceptron()), names={"in": "1"})
     assert (report.first_departure.stage, report.first_departure.tensor) == ("in", "1")
     assert {"0", "0.weight"} <= {*report.alone[1]}
 
 
 def test_weights_that_are_not_the_same_are_named():
-    variables, theirs, inputs = _plain_pair(perceptron())
+    variables, theirs, inputs = plain_pair(perceptron())
     variables["params"]["norm"]["bias"] += 1.0
     report = parity.trace(Plain(), variables, theirs, inputs)
     assert "Not the same weights on both sides: 'norm/bias' ('1.bias')." in report.notes
@@ -577,7 +582,7 @@ def test_nothing_of_the_callers_is_changed(resnet):
 
 
 def test_a_model_that_raises_is_named_with_its_module():
-    variables, theirs, _ = _plain_pair(perceptron())
+    variables, theirs, _ = plain_pair(perceptron())
     with pytest.raises(
         StatedError, match=r"^PyTorch's forward pass in float64 raised RuntimeError in '0': mat1 and mat2"
     ):
@@ -597,7 +602,7 @@ def test_a_model_that_raises_is_named_with_its_module():
     ],
 )
 def test_an_argument_that_cannot_be_used_is_stated(field, arguments, message):
-    variables, theirs, inputs = _plain_pair(perceptron())
+    variables, theirs, inputs = plain_pair(perceptron())
     given = {"module": Plain(), "variables": variables, "torch_module": theirs, "inputs": inputs} | arguments
     with pytest.raises(StatedError) as raised:
         parity.trace(**given)
