@@ -136,7 +136,8 @@ def _linen(module: nn.Module, variables: Any) -> tuple[Any, Any, Any]:
             return record.leave(path, run(*args, **kwargs), store)
 
         key = jax.random.key(seed)
-        with nn.intercept_methods(intercept):
+        # Without a jit of its own: `nn.jit` takes the trace of one module for all that are alike.
+        with nn.intercept_methods(intercept), jax.disable_jit():
             _, after = module.apply(
                 {"params": params, **state},
                 *args,
@@ -188,8 +189,15 @@ def _observe(part: nnx.Module, path: str, method: str, record: Record) -> None:
 
 @contextmanager
 def _settings(precision: Precision) -> Iterator[None]:
+    """Compute in this precision, products included, as the model is written: what runs once is not worth optimising."""
+    option = "jax_disable_most_optimizations"
+    before = jax.config.values[option]
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
-        yield
+        jax.config.update(option, True)
+        try:
+            yield
+        finally:
+            jax.config.update(option, before)
 
 
 def _cast(tree: Any, precision: Precision) -> Any:

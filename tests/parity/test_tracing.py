@@ -443,6 +443,53 @@ def test_a_module_of_nnx_is_traced_and_left_as_it_was():
     assert (first.stage, first.tensor) == ("layers/2", "3")
 
 
+class Jitted(nn.Module):
+    """Two layers that are alike, each with a jit of its own, the second recomputed for its gradient."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.jit(nn.Dense)(5, name="first")(x)
+        x = jnp.sin(nn.jit(nn.remat(nn.Dense))(5, name="second")(x))
+        return nn.jit(nn.Dense)(5, name="third")(x)
+
+
+def test_layers_with_a_jit_of_their_own_are_told_apart():
+    class Sine(torch.nn.Module):
+        def forward(self, x):
+            return torch.sin(x)
+
+    linear = [torch.nn.Linear(5, 5) for _ in range(3)]
+    theirs = randomised(torch.nn.Sequential(*linear[:2], Sine(), linear[2]))
+    params = tree(theirs.state_dict())
+    names = {"first": "0", "second": "1", "third": "3"}
+    report = parity.trace(Jitted(), {"params": {ours: params[name] for ours, name in names.items()}}, theirs, (X,))
+    assert report.passed, str(report)
+    assert {(r.stage, r.tensor) for r in report.results["float64"]} > {
+        (f"gradient {ours}", tensor) for ours, name in names.items() for tensor in (name, f"{name}.weight")
+    }
+
+
+def test_heads_may_be_axes_of_their_own_on_one_side():
+    class Heads(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.out = (torch.nn.Linear(5, 6) for _ in range(4))
+            self.out = torch.nn.Linear(6, 5)
+
+        def forward(self, x):
+            q, k, v = (layer(x).unflatten(-1, (2, 3)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    theirs = randomised(Heads())
+    params = tree(theirs.state_dict())
+    for name in ("query", "key", "value"):
+        params[name] = {"kernel": params[name]["kernel"].reshape(5, 2, 3), "bias": params[name]["bias"].reshape(2, 3)}
+    params["out"]["kernel"] = params["out"]["kernel"].reshape(2, 3, 5)
+    report = parity.trace(nn.MultiHeadAttention(num_heads=2, qkv_features=6, out_features=5), {"params": params}, theirs, (X[None],))
+    assert report.passed, str(report)
+    assert report.alone == ((), ())
+
+
 class Plain(nn.Module):
     """The port of the perceptron: `change` is done to what its ReLU returns, the last layer is of type `dtype`."""
 
@@ -565,11 +612,11 @@ def test_nothing_of_the_callers_is_changed(resnet):
     handle = theirs.fc.register_forward_hook(lambda *_: calls.append(1))
     before = copy.deepcopy((variables, theirs.state_dict(), inputs, torch_inputs))
     generator = torch.get_rng_state()
-    settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+    settings = dict(jax.config.values)
     parity.trace(ResNet(), *resnet, layouts="NCHW->NHWC")
     after = variables, theirs.state_dict(), inputs, torch_inputs
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    assert settings == (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
+    assert settings == jax.config.values
     assert torch.equal(torch.get_rng_state(), generator)
     assert torch.get_default_dtype() == torch.float32
     assert (theirs.training, theirs.bn2.training) == (True, False)
