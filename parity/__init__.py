@@ -1,4 +1,7 @@
-"""A PyTorch reference of the masked autoencoder, and the comparison of mae_jax with it, stage by stage."""
+"""A PyTorch reference of the masked autoencoder, and the comparison of mae_jax with it, stage by stage.
+
+`parity.trace` compares any other port in the same way, layer by layer.
+"""
 
 import importlib
 from typing import Any

@@ -89,15 +89,15 @@ class _Signs:
     scope: str | None  # the innermost module around it that the table names, by our name
 
     @cached_property
-    def print(self) -> tuple[float, float]:
+    def fingerprint(self) -> tuple[float, float]:
         values = self.value.value.astype(np.float64).ravel()
         values = np.where(np.isfinite(values), values, 0.0)
         direction = np.random.default_rng(values.size).standard_normal(values.size)
         return float(np.linalg.norm(values)), float(values @ direction)
 
     @cached_property
-    def words(self) -> list[str]:
-        return re.findall(r"[a-z]+|\d+", self.value.name.lower())
+    def words(self) -> set[str]:
+        return set(re.findall(r"[a-z]+|\d+", self.value.name.lower()))
 
     @cached_property
     def last(self) -> str:
@@ -110,7 +110,9 @@ def _closeness(ours: _Signs, theirs: _Signs) -> float:
         return 0.0
     same_shape = merges(ours.value.value.shape, theirs.value.value.shape)
     error = 1e-9 if ours.value.value.dtype == theirs.value.value.dtype == np.float64 else 1e-4
-    agree = same_shape and bool(np.allclose(ours.print, theirs.print, rtol=0.0, atol=error * theirs.print[0]))
+    agree = same_shape and bool(
+        np.allclose(ours.fingerprint, theirs.fingerprint, rtol=0.0, atol=error * theirs.fingerprint[0])
+    )
     common, either = ours.sizes & theirs.sizes, ours.sizes | theirs.sizes
     alike = sum(size * n for size, n in common.items()) / (sum(size * n for size, n in either.items()) or 1)
     related = alike > 0.4 or (
@@ -120,12 +122,10 @@ def _closeness(ours: _Signs, theirs: _Signs) -> float:
     )
     if not (agree or related):
         return 0.0
-    words = set(ours.words) & set(theirs.words), set(ours.words) | set(theirs.words)
-    similar = len(words[0]) / len(words[1])
+    similar = len(ours.words & theirs.words) / len(ours.words | theirs.words)
     if not related:
-        return (
-            0.1 + similar
-        )  # only what nothing better pairs: a dropout that is off returns what the layer before it did
+        # Where nothing better pairs them: a dropout that is off returns what the layer before it returned.
+        return 0.1 + similar
     return 8.0 * agree + 4.0 * alike + same_shape + 0.5 * (ours.composite == theirs.composite) + similar
 
 
@@ -139,9 +139,9 @@ def pair_values(
     """
     by_name = {value.name: value for value in theirs}
     named = {value.name: names.get(value.name) or _renamed(value, names) for value in ours}
-    fixed = {name: partner for name, partner in named.items() if partner in by_name}
     outputs = [[value.name for value in side if not value.module] for side in (ours, theirs)]
-    fixed |= dict(zip(*outputs, strict=False))
+    fixed = dict(zip(*outputs, strict=False))
+    fixed |= {name: partner for name, partner in named.items() if partner in by_name}
     left = {*fixed, *outputs[0]}, {*fixed.values(), *outputs[1]}
     ends = {name: name for name in names}, {end: start for start, end in names.items()}
     a, b = (

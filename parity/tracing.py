@@ -190,19 +190,23 @@ class _Trace:
 
     def _notes(self) -> Iterator[str]:
         """State what is random, not finite, in another mode, or different from the start."""
-        for side, names, run in zip(self.sides, self.random, self.first, strict=True):
-            if names:
+        for which, side in enumerate(self.sides):
+            if names := self.random[which]:
                 yield f"{side.library} is random, first at {names[0]!r}: two runs differ there, by dropout or the like."
                 if side.dropping:
                     yield f"{side.library}'s modules that drop, in training mode: {', '.join(side.dropping)}."
-            bad = (v for v in run.values if floating(v.value) and not np.isfinite(v.value.astype(np.float64)).all())
-            if first := next(bad, None):
-                yield f"{side.library}'s first value not to be finite is {first.name!r}: {not_finite(first.value)}."
-        (ours, theirs), runs = self.sides, self.first
+            floats = [value for value in self.first[which].values if floating(value.value)]
+            if bad := next((v for v in floats if not np.isfinite(v.value.astype(np.float64)).all()), None):
+                yield f"{side.library}'s first value not to be finite is {bad.name!r}: {not_finite(bad.value)}."
+            for precision, runs in self.runs.items():
+                floats = [value for value in runs[which].values if floating(value.value)]
+                if low := next((value for value in floats if value.value.dtype != precision), None):
+                    yield f"{side.library} computes {low.name!r} in {low.value.dtype}, of what was to be {precision}."
+        ours, theirs = self.sides
         for name, (partner, _) in self.state.items():
             moved = [
                 not np.array_equal(side.state[key], run.state[key])
-                for side, run, key in zip(self.sides, runs, (name, partner), strict=True)
+                for side, run, key in zip(self.sides, self.first, (name, partner), strict=True)
             ]
             if moved[0] != moved[1]:
                 alone = ours.library if moved[0] else theirs.library

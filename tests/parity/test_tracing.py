@@ -485,7 +485,8 @@ def test_heads_may_be_axes_of_their_own_on_one_side():
     for name in ("query", "key", "value"):
         params[name] = {"kernel": params[name]["kernel"].reshape(5, 2, 3), "bias": params[name]["bias"].reshape(2, 3)}
     params["out"]["kernel"] = params["out"]["kernel"].reshape(2, 3, 5)
-    report = parity.trace(nn.MultiHeadAttention(num_heads=2, qkv_features=6, out_features=5), {"params": params}, theirs, (X[None],))
+    ours = nn.MultiHeadAttention(num_heads=2, qkv_features=6, out_features=5)
+    report = parity.trace(ours, {"params": params}, theirs, (X[None],))
     assert report.passed, str(report)
     assert report.alone == ((), ())
 
@@ -533,6 +534,24 @@ def test_a_layer_in_another_precision_is_named(name):
     assert report.first_departure in report.results["float64"]
 
 
+def test_a_value_without_a_partner_in_another_precision_is_named():
+    class Half(torch.nn.Module):
+        def forward(self, x):
+            return x.half()
+
+    class Wide(torch.nn.Module):
+        def forward(self, x):
+            return x.to(torch.get_default_dtype())
+
+    theirs = perceptron()
+    theirs.insert(3, Half())
+    theirs.insert(4, Wide())
+    report = parity.trace(Plain(), *plain_pair(theirs, last="5"))
+    assert "PyTorch computes '3' in float16, of what was to be float32." in report.notes
+    assert (report.first_departure.stage, report.first_departure.tensor) == ("out", "5")
+    assert "PyTorch has '2', '3', '4' there." in report.verdict
+
+
 def test_a_model_that_computes_in_float32_alone_can_be_compared_in_it_alone():
     report = parity.trace(Plain(dtype=jnp.float32), *plain_pair(perceptron()), precisions=("float32",))
     assert report.verdict == f"All {len(report.results['float32'])} pairs agree, in float32."
@@ -563,6 +582,23 @@ def test_an_infinity_on_both_sides_agrees():
             return jnp.where(x > 0, x, -jnp.inf)
 
     assert parity.trace(Mask(), {"params": {}}, Masked(), (X,)).passed
+
+
+def test_every_output_of_a_model_is_compared():
+    class Theirs(torch.nn.Module):
+        def forward(self, x, *, power):
+            return {"sum": x.sum(-1), "rest": (x**power, x.argmax(-1))}
+
+    class Ours(nn.Module):
+        def power(self, x, *, power):
+            return {"sum": x.sum(-1), "rest": [x**power + 1e-9, x.argmax(-1)]}
+
+    given = {"kwargs": {"power": 3}, "torch_kwargs": {"power": 3}}
+    report = parity.trace(Ours(), {"params": {}}, Theirs(), (X,), method="power", **given)
+    values = [(result.stage, result.passed) for result in report.results["float64"][:3]]
+    assert values == [("(output)[sum]", True), ("(output)[rest][0]", False), ("(output)[rest][1]", True)]
+    assert report.results["float64"][2].bound == 0.0
+    assert "gradient input[0]" in {result.stage for result in report.results["float64"] if result.passed}
 
 
 def test_dropout_that_is_on_is_named_on_either_side():
