@@ -136,6 +136,10 @@ def wrong_usage(message: str) -> int:
 
 def main() -> int:
     """Return 0 where everything agrees, 1 where something departs, 2 on wrong usage."""
+    if sys.argv[1:2] == ["trace"]:
+        from parity.tracing import TraceArguments, trace_command
+
+        return trace_command(tyro.cli(TraceArguments, args=sys.argv[2:], prog="python -m parity trace"))
     arguments = tyro.cli(Arguments, prog="python -m parity")
     if arguments.batch_size is not None and (arguments.batch_size < 2 or arguments.batch_size % 2):
         return wrong_usage(f"--batch-size {arguments.batch_size} is not a positive even number")
