@@ -33,6 +33,8 @@ class Arguments:
     """What was trained: a run, a checkpoint, or any file or folder that `mae-jax port` reads, with its own weights."""
     data: str | None = None
     """With --run: images of this source (folder:PATH ...), by default of what the run was trained on."""
+    encoder_heads: int | None = None
+    """With --run: attention heads of the encoder, where they are neither in the file nor known by its width."""
     preset: str | None = None
     """A recipe of `mae-jax pretrain`, with its model, normalisation and optimizer."""
     peer: Literal["huggingface", "timm", "lightly", "lightly-deprecated"] | None = None
@@ -65,7 +67,7 @@ def compare(arguments: Arguments, precision: "Precision", stages: "Sequence[str]
 
         batch_size = arguments.batch_size or 2
         if arguments.run is not None:
-            subject = of_source(arguments.run, arguments.data, 20 * batch_size)
+            subject = of_source(arguments.run, arguments.data, 20 * batch_size, arguments.encoder_heads)
         else:
             subject = of_preset(str(arguments.preset))
         title, configs = subject.name, {subject.name: subject.config}

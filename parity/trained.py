@@ -56,14 +56,14 @@ class Subject:
     notes: tuple[str, ...] = ()
 
 
-def of_source(source: str, data: str | None, count: int) -> Subject:
+def of_source(source: str, data: str | None, count: int, encoder_heads: int | None = None) -> Subject:
     """Take a run, a checkpoint, or any file or folder that `mae-jax port` reads, with `count` images of its data.
 
     Raises:
       StatedError: it cannot be read, or there are no such images.
     """
     notes: list[str] = []
-    found = load_pretrained(source, log=lambda note: notes.append(note.removeprefix("note: ")))
+    found = load_pretrained(source, encoder_heads, log=lambda note: notes.append(note.removeprefix("note: ")))
     config, params = found.config, found.params
     if config.kind == "mae" and "decoder" not in params:
         notes.append("there is no decoder: the encoder is compared, with a head of its own, without mask and loss")
