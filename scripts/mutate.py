@@ -27,8 +27,9 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ TABLE = Path(__file__).with_name("mutations.toml")
 COPIED = ("mae_jax", "parity", "tests", "pyproject.toml")
 TESTS = ("tests",)  # the stage of mistakes in code that parity does not execute
 
-PARITY_LIMIT, TESTS_LIMIT = 300.0, 400.0  # seconds; the tests' is for one mistake
+# Seconds that each may take with a mistake, or twice what it took without any where that is more: a hang is a catch.
+PARITY_LIMIT, TESTS_LIMIT = 300.0, 400.0
 
 WRONG_USAGE = 2  # of parity, which is then not to be taken for a catch
 NO_TESTS = 5  # pytest's, where a file holds none
@@ -111,7 +113,7 @@ def load(table: Path, root: Path) -> list[Mutation]:
       TableError: an entry lacks a field, has an unknown one, or shares its id.
     """
     data = tomllib.loads(table.read_text())
-    mutations, faults = [], []
+    mutations, wrong = [], []
     for number, entry in enumerate(data["mutation"], 1):
         try:
             tests = (*mirrored(entry["file"], root), *data["tests"].get(entry["file"], ()), *entry.pop("tests", ()))
@@ -119,11 +121,11 @@ def load(table: Path, root: Path) -> list[Mutation]:
             stages = (stage,) if isinstance(stage, str) else tuple(stage)
             mutations.append(Mutation(**entry, stages=stages, tests=tuple(dict.fromkeys(tests))))
         except (KeyError, TypeError) as error:
-            faults.append(f"{entry.get('id', f'entry {number}')}: {error}")
+            wrong.append(f"{entry.get('id', f'entry {number}')}: {error}")
     ids = [mutation.id for mutation in mutations]
-    faults += [f"{name}: {ids.count(name)} entries have this id" for name in dict.fromkeys(ids) if ids.count(name) > 1]
-    if faults:
-        raise TableError("\n".join(faults))
+    wrong += [f"{name}: {ids.count(name)} entries have this id" for name in dict.fromkeys(ids) if ids.count(name) > 1]
+    if wrong:
+        raise TableError("\n".join(wrong))
     return mutations
 
 
@@ -198,12 +200,12 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def source_digest(root: Path) -> str:
-    """Return a hash of all that is copied, which decides what parity and the tests find."""
-    named = (root / name for name in COPIED)
+def source_digest(root: Path, names: Iterable[str]) -> str:
+    """Return a hash of files and folders of the project."""
+    named = (root / name for name in names)
     files = sorted(file for path in named for file in ([path] if path.is_file() else path.rglob("*")))
     kept = [file for file in files if file.is_file() and "__pycache__" not in file.parts]
-    return digest([[str(f.relative_to(root)), hashlib.sha256(f.read_bytes()).hexdigest()] for f in kept])
+    return digest([[str(file.relative_to(root)), hashlib.sha256(file.read_bytes()).hexdigest()] for file in kept])
 
 
 # --- What one command makes of a mistake ------------------------------------------------------------------------------
@@ -216,16 +218,14 @@ class Finding:
     caught: bool
     where: str = ""
     seconds: float = 0.0
-    stages: tuple[str, ...] = field(default=(), repr=False)  # all that parity compared
+    stages: tuple[str, ...] = ()  # all that parity compared
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a mistake; None where it was not asked. The key is of the mistake and the project."""
+    """What became of a mistake; None where it was not asked."""
 
-    id: str
-    key: str
-    stages: tuple[str, ...]
+    mutation: Mutation
     parity: Finding | None
     tests: Finding | None
 
@@ -236,17 +236,18 @@ class Result:
     @property
     def right(self) -> bool:
         """Return whether parity departed where the mistake belongs."""
-        return self.parity is not None and self.parity.caught and self.parity.where.startswith(self.stages)
+        return self.parity is not None and self.parity.caught and self.parity.where.startswith(self.mutation.stages)
 
     def __str__(self) -> str:
         words = []
         if self.parity is not None and self.parity.caught:
             words.append(
-                f"parity at {self.parity.where!r}" + ("" if self.right else f", not at {' or '.join(self.stages)}")
+                f"parity at {self.parity.where!r}"
+                + ("" if self.right else f", not at {' or '.join(self.mutation.stages)}")
             )
         if self.tests is not None and self.tests.caught:
             words.append(f"tests ({self.tests.where})")
-        return f"{self.id:44} {'; '.join(words) or 'NOBODY'}"
+        return f"{self.mutation.id:44} {'; '.join(words) or 'NOBODY'}"
 
 
 async def call(command: Sequence[str], folder: Path, programs: Path, limit: float | None) -> tuple[int | None, str]:
@@ -280,7 +281,7 @@ async def call(command: Sequence[str], folder: Path, programs: Path, limit: floa
             await process.wait()
 
 
-async def run_parity(copy: Path, programs: Path) -> Finding:
+async def run_parity(copy: Path, programs: Path, limit: float | None) -> Finding:
     """Run parity in a copy until the first stage that departs.
 
     Raises:
@@ -288,7 +289,7 @@ async def run_parity(copy: Path, programs: Path) -> Finding:
     """
     report, begun = copy / "report", time.monotonic()
     command = [sys.executable, "-m", "parity", "--stop-at-first", "--report", str(report)]
-    code, output = await call(command, copy, programs, PARITY_LIMIT)
+    code, output = await call(command, copy, programs, limit)
     seconds = round(time.monotonic() - begun, 1)
     if code == WRONG_USAGE:
         raise StatedError(f"{' '.join(command)} ended with {code}: {output.strip()}", field="parity")
@@ -303,7 +304,7 @@ async def run_parity(copy: Path, programs: Path) -> Finding:
     return Finding(bool(code), departures[0] if departures else traceback(output) if code else "", seconds, stages)
 
 
-async def run_tests(copy: Path, programs: Path, tests: Sequence[str], limit: float | None) -> Finding:
+async def run_tests(tests: Sequence[str], copy: Path, programs: Path, limit: float | None) -> Finding:
     """Run tests in a copy until the first that fails.
 
     Raises:
@@ -328,22 +329,6 @@ def traceback(output: str) -> str:
     return f"traceback: {output.strip().splitlines()[-1:]}"
 
 
-async def examine(mutation: Mutation, before: Result | None, key: str, programs: Path, parity_only: bool) -> Result:
-    """Plant a mistake into a new copy, and ask whom `before`, an earlier result, has not asked yet."""
-    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
-        copy = Path(folder) / "copy"
-        copy_project(ROOT, copy)
-        if mutation.file:
-            path = copy / mutation.file
-            path.write_text(mutation.planted(path.read_text()))
-        parity, tests = (before.parity, before.tests) if before else (None, None)
-        if parity is None and mutation.executed:
-            parity = await run_parity(copy, programs)
-        if tests is None and mutation.tests and not parity_only:
-            tests = await run_tests(copy, programs, mutation.tests, TESTS_LIMIT if mutation.file else None)
-        return Result(mutation.id, key, mutation.stages, parity, tests)
-
-
 def copy_project(root: Path, copy: Path) -> None:
     """Copy what parity and the tests need."""
     copy.mkdir()
@@ -356,56 +341,84 @@ def copy_project(root: Path, copy: Path) -> None:
 
 # --- All of them ------------------------------------------------------------------------------------------------------
 
-
-def read_results(file: Path) -> dict[str, Result]:
-    """Read earlier results by their key; of two with the same key the later counts."""
-
-    def finding(values: dict[str, Any] | None) -> Finding | None:
-        return values and Finding(**values | {"stages": tuple(values["stages"])})
-
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    found = [
-        Result(line["id"], line["key"], tuple(line["stages"]), finding(line["parity"]), finding(line["tests"]))
-        for line in lines
-    ]
-    return {result.key: result for result in found}
+Command = Callable[[Path, Path, float | None], Awaitable[Finding]]  # of a copy, compiled programs and seconds
 
 
-def is_complete(result: Result, mutation: Mutation, parity_only: bool) -> bool:
-    """Return whether everybody has been asked."""
-    asked = not mutation.executed or result.parity is not None
-    return asked and (parity_only or not mutation.tests or result.tests is not None)
+class Findings:
+    """What was found before, in a file with a line for each command, and what comes to it."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        self._known = {
+            line["key"]: Finding(**line["finding"] | {"stages": tuple(line["finding"]["stages"])}) for line in lines
+        }
+
+    def get(self, key: str) -> Finding | None:
+        return self._known.get(key)
+
+    def add(self, key: str, mutation: Mutation, command: str, finding: Finding) -> None:
+        self._known[key] = finding
+        line = {"id": mutation.id, "command": command, "key": key, "finding": asdict(finding)}
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class Trial:
-    """Mistakes tried one after another, or a few at a time; each result is printed and kept as it comes."""
+    """Mistakes tried a few at a time; each result is printed as it comes."""
 
     def __init__(self, arguments: Arguments, programs: Path) -> None:
-        self._arguments, self._programs = arguments, programs
-        self._known, self._source = read_results(arguments.out), source_digest(ROOT)
-        self._places = asyncio.Semaphore(arguments.jobs)
+        self._parity_only, self._programs = arguments.parity_only, programs
+        self._findings, self._places = Findings(arguments.out), asyncio.Semaphore(arguments.jobs)
+        # Tests may be added without a reason to run parity again.
+        self._sources = {"parity": source_digest(ROOT, ("mae_jax", "parity")), "tests": source_digest(ROOT, COPIED)}
 
-    async def result(self, mutation: Mutation) -> Result:
-        """Look a mistake up, or try it."""
-        key, parity_only = digest(asdict(mutation), self._source), self._arguments.parity_only
-        known = self._known.get(key)
-        if known is None or not is_complete(known, mutation, parity_only):
-            async with self._places:
-                known = await examine(mutation, known, key, self._programs, parity_only)
-            with self._arguments.out.open("a") as file:
-                file.write(json.dumps(asdict(known)) + "\n")
-        if mutation.file:
-            print(known, flush=True)
-        return known
+    async def results(self, mutations: Sequence[Mutation], original: Result | None = None) -> list[Result]:
+        """Try all, in any order; the first error ends them.
 
-    async def results(self, mutations: Sequence[Mutation]) -> list[Result]:
-        """Look up or try all, in any order; the first error ends them."""
+        original: what was found without a mistake; None: these are it, and take as long as they take.
+        """
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self.result(mutation)) for mutation in mutations]
+                tasks = [group.create_task(self._result(mutation, original)) for mutation in mutations]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
+
+    async def _result(self, mutation: Mutation, original: Result | None) -> Result:
+        async with self._places:
+            parity = tests = None
+            if mutation.executed:
+                limit = original and longest(PARITY_LIMIT, original.parity)
+                parity = await self._finding(mutation, "parity", run_parity, limit)
+            if mutation.tests and not self._parity_only:
+                limit = original and longest(TESTS_LIMIT, original.tests)
+                tests = await self._finding(mutation, "tests", partial(run_tests, mutation.tests), limit)
+        result = Result(mutation, parity, tests)
+        if original is not None:
+            print(result, flush=True)
+        return result
+
+    async def _finding(self, mutation: Mutation, command: str, run: Command, limit: float | None) -> Finding:
+        """Look up what a command finds, or plant the mistake into a new copy and run it there."""
+        tests = mutation.tests if command == "tests" else ()
+        key = digest(command, mutation.file, mutation.find, mutation.replace, tests, self._sources[command])
+        if (known := self._findings.get(key)) is not None:
+            return known
+        with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+            copy = Path(folder) / "copy"
+            copy_project(ROOT, copy)
+            if mutation.file:
+                path = copy / mutation.file
+                path.write_text(mutation.planted(path.read_text()))
+            found = await run(copy, self._programs, limit)
+        self._findings.add(key, mutation, command, found)
+        return found
+
+
+def longest(limit: float, without: Finding | None) -> float:
+    """Return the seconds that a command may take, given what it did without a mistake."""
+    return max(limit, 2 * without.seconds if without else 0.0)
 
 
 def no_mistake(mutations: Sequence[Mutation]) -> Mutation:
@@ -421,14 +434,14 @@ def score(results: Sequence[Result]) -> str:
     def share(what: str, part: int, whole: int) -> str:
         return f"{what}: {part} of {whole}" + (f", {100 * part / whole:.0f} %" if whole else "")
 
-    executed = [result for result in results if result.stages != TESTS]
+    executed = [result for result in results if result.mutation.executed]
     by_parity = [result for result in executed if result.parity is not None and result.parity.caught]
     lines = [
         share("caught by parity or tests", sum(result.caught for result in results), len(results)),
         share("caught by parity, of those in code that it executes", len(by_parity), len(executed)),
         share("at the stage where they belong, of those", sum(result.right for result in by_parity), len(by_parity)),
     ]
-    return "\n".join(lines + [f"nobody noticed {result.id}" for result in results if not result.caught])
+    return "\n".join(lines + [f"nobody noticed {result.mutation.id}" for result in results if not result.caught])
 
 
 def unknown_stages(mutations: Sequence[Mutation], stages: Sequence[str]) -> list[str]:
@@ -453,7 +466,7 @@ async def try_all(mutations: Sequence[Mutation], arguments: Arguments) -> list[R
             raise StatedError(f"this fails without any mistake: {original}", field="original")
         for line in unknown_stages(mutations, original.parity.stages) if original.parity is not None else ():
             print(line, file=sys.stderr)
-        return await trial.results(mutations)
+        return await trial.results(mutations, original)
 
 
 def main() -> int:
