@@ -110,9 +110,12 @@ def load(table: Path, root: Path) -> list[Mutation]:
     """Read the table.
 
     Raises:
-      TableError: an entry lacks a field, has an unknown one, or shares its id.
+      TableError: it is no TOML, or an entry lacks a field, has an unknown one, or shares its id.
     """
-    data = tomllib.loads(table.read_text())
+    try:
+        data = tomllib.loads(table.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise TableError(f"{table.name}: {error}") from error
     mutations, wrong = [], []
     for number, entry in enumerate(data["mutation"], 1):
         try:
