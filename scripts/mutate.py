@@ -226,7 +226,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a mistake; None where it was not asked."""
+    """What became of a mistake; None where parity, or the tests, did not run."""
 
     mutation: Mutation
     parity: Finding | None
@@ -328,7 +328,7 @@ async def run_tests(tests: Sequence[str], copy: Path, programs: Path, limit: flo
 
 
 def traceback(output: str) -> str:
-    """Return what a command said last, for one that ended with neither a departure nor a test that fails."""
+    """Return the last line of a command that ended with neither a departure nor a test that fails."""
     return f"traceback: {output.strip().splitlines()[-1:]}"
 
 

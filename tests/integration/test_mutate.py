@@ -34,8 +34,8 @@ def test_the_table_fits_the_code(mutate: ModuleType) -> None:
     table = mutate.load(mutate.TABLE, ROOT)
     assert list(mutate.faults(table, ROOT)) == []
     files = {mutation.file for mutation in table}
-    for room in ("models", "train"):
-        modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mae_jax" / room).glob("[!_]*.py")}
+    for package in ("models", "train"):
+        modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mae_jax" / package).glob("[!_]*.py")}
         assert modules <= files
     assert {"mae_jax/rng.py", "mae_jax/cubic.py", "mae_jax/port/keys.py"} <= files
     assert len(table) >= 160
