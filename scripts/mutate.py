@@ -3,7 +3,7 @@
     python scripts/mutate.py                                # all of mutations.toml: hours on 2 cores
     python scripts/mutate.py --since main                   # those in files that differ from a commit
     python scripts/mutate.py --seed 1 --draw 10             # ten of them
-    python scripts/mutate.py --only gelu-quick remat-lost
+    python scripts/mutate.py --only gelu-quick remat-forgotten
     python scripts/mutate.py --check                        # the table alone, in a second
 
 Each mistake is planted into a copy of the project. There parity runs until the first stage that departs, and then the
