@@ -9,7 +9,7 @@
 Each mistake is planted into a copy of the project. There parity runs until the first stage that departs, and then the
 tests that mirror the file, with those that the table adds. A mistake belongs to a stage, where parity ought to depart
 first, or to `tests` where it is in code that parity does not execute; then only the tests run. Before all, the same is
-run without a mistake, since what fails then would catch anything.
+run without a mistake, since what fails then would catch anything; --no-original leaves that out.
 
 Results are added to --out, and what is there is not run again as long as neither the mistake nor the project changes.
 Exits with 1 where nobody notices a mistake, and with 2 where the table does not fit the code.
@@ -68,6 +68,8 @@ class Arguments:
     """Where results are kept, a line each."""
     parity_only: bool = False
     """No tests; mistakes in code that parity does not execute are left out."""
+    original: bool = True
+    """Before all, run the same without a mistake."""
     check: bool = False
     """Only look whether each text is found once, and what replaces it compiles."""
 
@@ -464,7 +466,9 @@ async def try_all(mutations: Sequence[Mutation], arguments: Arguments) -> list[R
     """
     with tempfile.TemporaryDirectory(prefix="mutate-") as programs:
         trial = Trial(arguments, Path(programs))
-        (original,) = await trial.results([no_mistake(mutations)])
+        original = Result(no_mistake(mutations), None, None)
+        if arguments.original:
+            (original,) = await trial.results([original.mutation])
         if original.caught:
             raise StatedError(f"this fails without any mistake: {original}", field="original")
         for line in unknown_stages(mutations, original.parity.stages) if original.parity is not None else ():
