@@ -43,7 +43,17 @@ def patchify(ours: Ours, reference: Reference) -> Pairs:
 
 
 def position_tables(ours: Ours, reference: Reference) -> Pairs:
-    """Compare every frozen table, for both widths, with and without class token; learned ones as they are carried."""
+    """Compare every frozen table, for both widths, with and without class token; learned ones as they are carried.
+
+    Then a long one, on which a frequency that is rounded shows.
+    """
+    for kind, width in (("sincos2d", 16), ("sincos1d", 6)):
+        long = replace(
+            ours.config, positions=kind, image_size=(60, 90), patch_size=(2, 3), masking="random", mask_ratio=0.5
+        )
+        table = patches.fixed_positions(kind, width, long.grid, class_token=False)
+        theirs = torch_mae.positions(replace(long, class_token=False), width)[0]
+        yield Pair(f"positions {kind}", "30 x 30 patches", table, theirs, "table")
     for kind in ("sincos2d", "sincos1d"):
         for stack in ("encoder", "decoder"):
             for class_token in (True, False):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from mae_jax.config import FinetuneConfig, ModelConfig, PretrainConfig, Transfor
 from mae_jax.models import Params, patches
 from mae_jax.port.keys import Config, encoder_config, entries, to_fair
 from mae_jax.train import classification, objective
+from mae_jax.train import step as steps
+from parity import draws
 from parity.bounds import Pair, Pairs
 from parity.sides import Ours, Reference
 
@@ -75,6 +78,34 @@ def initial_weights(ours: Ours, reference: Reference) -> Pairs:
             yield Pair("initial weights", f"{name}: distribution", follows(values, expected), True, "exact")
             different = len(np.unique(values)) > 0.9 * values.size
             yield Pair("initial weights", f"{name}: all drawn", different, True, "exact")
+    yield from _seeds(tuned)
+    yield from _first_state(tuned)
+
+
+def _seeds(tuned: FinetuneConfig) -> Pairs:
+    """Compare the head with its documented draws, and see that the rest differs from seed to seed."""
+    seeds = (tuned.seed, 2**32 - 1)
+    drawn = [classification.Classification(replace(tuned, seed=seed)).init() for seed in seeds]
+    for seed, params in zip(seeds, drawn, strict=True):
+        kernel = draws.normal(draws.device_key(seed, "head"), (WIDE.encoder.width, CLASSES), tuned.model.dtype)
+        yield Pair("initial weights", f"head, seed {seed}", params["head"]["kernel"], tuned.head_std * kernel, "normal")
+    first, second = (params["encoder"]["patch_embed"]["kernel"] for params in drawn)
+    yield Pair("initial weights", "other seed, other weights", bool((first == second).any()), False, "exact")
+
+
+def _first_state(tuned: FinetuneConfig) -> Pairs:
+    """Compare what a state begins with beside its parameters: step, average, BatchNorm's statistics."""
+    optim = replace(tuned.optim, ema_decay=0.9)
+    probe = replace(tuned, optim=optim, last_blocks=0, batch_norm=True)
+    state = steps.init_state(probe)
+    yield Pair("initial state", "step", state.step, 0, "exact")
+    statistics = state.params["statistics"]
+    for name, value in {"mean": 0.0, "variance": 1.0}.items():
+        theirs = np.full(WIDE.encoder.width, value)
+        yield Pair("initial state", f"BatchNorm, {name}", statistics[name], theirs, "exact")
+    pairs = zip(jax.tree.leaves(state.average), jax.tree.leaves_with_path(state.params), strict=True)
+    for average, (path, values) in pairs:
+        yield Pair("initial state", f"average of {jax.tree_util.keystr(path)}", average, values, "exact")
 
 
 def follows(values: Float[np.ndarray, "*any"], expected: Distribution) -> bool:

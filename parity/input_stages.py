@@ -22,6 +22,7 @@ from mae_jax.data import stream
 from mae_jax.data.images import box as choice
 from mae_jax.data.images import decode
 from mae_jax.train import classification, crops, objective
+from mae_jax.train import mixing as mixing_code
 from parity import torch_inputs
 from parity.bounds import Pair, Pairs
 from parity.sides import Ours, Reference
@@ -29,7 +30,8 @@ from parity.sides import Ours, Reference
 CLASSES = 5
 LAST_SEED = 2**32 - 1
 POSITIONS = np.array([0, 1, 2, 3, 4, 5, rng.MAX_POSITION - 1, rng.MAX_POSITION], np.uint32)
-MODEL = ModelConfig((32, 24), (8, 4), 3, TransformerConfig(8, 2, 1), TransformerConfig(8, 1, 1))
+# 8/7 of its sides are no whole numbers, and are rounded up.
+MODEL = ModelConfig((32, 20), (8, 4), 3, TransformerConfig(8, 2, 1), TransformerConfig(8, 1, 1))
 AUGMENT = AugmentConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
 # Of the bytes of a crop cut on the device, the share that may be one step from Pillow's, which multiplies by weights in
@@ -263,6 +265,20 @@ def erasing(ours: Ours, reference: Reference) -> Pairs:
         yield Pair("erasing", f"images, {what}", made, theirs.movedim(1, -1), "normal")
 
 
+def narrow_erasing(ours: Ours, reference: Reference) -> Pairs:
+    """Compare what is erased of images so low that often no rectangle of those drawn fits."""
+    size, seed = (3, 40), reference.run_config.seed
+    images = torch.zeros(len(POSITIONS), 1, *size, dtype=getattr(torch, reference.precision))
+    theirs = torch_inputs.erase(images, seed, POSITIONS, 1.0)
+    made = mixing_code.erase(
+        jnp.asarray(images.movedim(1, -1).numpy()), rng.device_key(seed, "erase"), jnp.asarray(POSITIONS), 1.0
+    )
+    touched = (np.asarray(made) != 0, theirs.movedim(1, -1).numpy() != 0)
+    yield Pair("erasing", "rectangles in low images", *touched, "exact")
+    none = sum(not rows.any() for rows in touched[1])
+    yield Pair("erasing", "some low images stay whole", 0 < none < len(POSITIONS), True, "exact")
+
+
 # Every choice between the two ways to mix, and how many steps show it.
 MIXES = {
     "mixup": (MixConfig(mixup=0.8), 2),
@@ -330,6 +346,7 @@ INPUTS = (
     device_crops,
     pretraining_inputs,
     erasing,
+    narrow_erasing,
     mixing,
     classification_inputs,
 )

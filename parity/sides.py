@@ -33,14 +33,23 @@ EPOCHS = 4.0
 
 
 def run_config(model: ModelConfig, batch_size: int, seed: int) -> PretrainConfig:
-    """Configure the training run: a large rate, a warm-up and a decay within its 20 steps, and a running average."""
+    """Configure the training run: warm-up and decay of a large rate in its 20 steps; nothing at its default."""
     channels = range(model.in_channels)
     return PretrainConfig(
         model=model,
         augment=AugmentConfig(
             mean=tuple(0.48 + 0.01 * c for c in channels), std=tuple(0.28 + 0.005 * c for c in channels)
         ),
-        optim=OptimConfig(base_lr=1e-3 * 256 / batch_size, min_lr=1e-5, warmup_epochs=1.4, ema_decay=0.8),
+        optim=OptimConfig(
+            base_lr=1e-3 * 256 / batch_size,
+            min_lr=1e-5,
+            warmup_epochs=1.4,
+            weight_decay=0.1,
+            beta1=0.8,
+            beta2=0.97,
+            eps=1e-6,
+            ema_decay=0.8,
+        ),
         batch_size=batch_size,
         epochs=EPOCHS,
         seed=seed,

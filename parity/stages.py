@@ -13,10 +13,10 @@ from parity.forward import FORWARD
 from parity.initial import INITIAL
 from parity.input_stages import INPUTS
 from parity.sides import Ours, Reference
-from parity.training import EVERY_GRADIENT, TRAINING
+from parity.training import EVERY_GRADIENT, TRAINING, operations
 from parity.transfer import TRANSFER
 
-STAGES = {stage.__name__: stage for stage in (*INPUTS, *INITIAL, *FORWARD, *BFLOAT16, *TRAINING, *TRANSFER)}
+STAGES = {stage.__name__: stage for stage in (*INPUTS, *INITIAL, *FORWARD, operations, *BFLOAT16, *TRAINING, *TRANSFER)}
 
 # What depends on the choices of a model; the rest is compared with the first model alone.
 EVERY_MODEL = {stage.__name__ for stage in (*FORWARD, *EVERY_GRADIENT)}

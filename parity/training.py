@@ -14,7 +14,7 @@ import torch
 from mae_jax.config import OptimConfig
 from mae_jax.models import Params, mae
 from mae_jax.models import gradients as written
-from mae_jax.port.keys import entries, from_fair, to_fair
+from mae_jax.port.keys import entries, fitted_entries, from_fair, to_fair
 from mae_jax.train import build, objective, optimizers
 from parity import torch_train
 from parity.bounds import Pair, Pairs
@@ -93,14 +93,13 @@ def gradients_on_devices(ours: Ours, reference: Reference) -> Pairs:
 
 
 def parameter_groups(ours: Ours, reference: Reference) -> Pairs:
-    """Compare which parameters decay."""
-    mask = optimizers.decay_mask(ours.params)
-    theirs = torch_train.parameter_groups(reference.model)
+    """Compare which parameters are trained, and which of them decay."""
+    mask, theirs = optimizers.decay_mask(ours.params), torch_train.parameter_groups(reference.model)
+    task = objective.Pretraining(ours.run_config)
+    for entry in (*entries(ours.config), *fitted_entries(ours.config)):
+        yield Pair("trained", entry.key, task.trained(entry.path), entry.key in theirs, "exact")
     for entry in entries(ours.config):
-        decays = mask
-        for name in entry.path:
-            decays = decays[name]
-        yield Pair("parameter groups", entry.key, decays, theirs[entry.key], "exact")
+        yield Pair("parameter groups", entry.key, at(mask, entry.path), theirs[entry.key], "exact")
 
 
 def learning_rate(ours: Ours, reference: Reference) -> Pairs:
@@ -270,6 +269,6 @@ def without_key_bias(name: str, values: np.ndarray) -> np.ndarray:
 
 EVERY_GRADIENT = (gradients, parameter_groups)
 TRAINING = (
-    operations, gradients, parameter_groups, learning_rate, update, lars_update,
+    gradients, parameter_groups, learning_rate, update, lars_update,
     gradients_on_devices, training, accumulation,
 )  # fmt: skip

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from mae_jax.config import ClassifierConfig, FinetuneConfig, MixConfig, OptimConfig, Pooling
+from mae_jax.config import ClassifierConfig, FinetuneConfig, MixConfig, OptimConfig, Pooling, TransformerConfig
 from mae_jax.models import Params
 from mae_jax.models import blocks as layers
 from mae_jax.port.keys import entries, from_fair, to_fair
@@ -35,7 +35,9 @@ class Transfer:
         config = FinetuneConfig(
             model=replace(reference.config, encoder_mask_tokens=False, **(model or {})),
             augment=reference.run_config.augment,
-            optim=OptimConfig(base_lr=RATE * 256 / batch_size, warmup_epochs=0, schedule="constant", beta2=0.999),
+            optim=OptimConfig(
+                base_lr=RATE * 256 / batch_size, warmup_epochs=0, schedule="constant", beta1=0.8, beta2=0.99, eps=1e-7
+            ),
             batch_size=batch_size,
             classes=CLASSES,
             drop_path=0.2,
@@ -47,7 +49,8 @@ class Transfer:
         self.labels = generator.integers(0, CLASSES, (STEPS, batch_size)).astype(np.int32)
         self.bytes, self.positions = reference.bytes, reference.positions
         drawn = {entry.key: 0.1 * generator.standard_normal(entry.shape) for entry in entries(self.classifier)}
-        drawn |= {key: values for key, values in reference.weights.items() if key in drawn}
+        shared = {key: values for key, values in reference.weights.items() if key in drawn}
+        drawn |= {key: values for key, values in shared.items() if values.shape == drawn[key].shape}
         for key in ("fc_norm.weight", "norm.weight"):
             if key in drawn:
                 drawn[key] = 1 + 0.1 * generator.standard_normal(drawn[key].shape)
@@ -186,6 +189,12 @@ def layer_decay(ours: Ours, reference: Reference) -> Pairs:
             yield Pair("layer decay", name, at(rates, entry.path), theirs[entry.key], "exact")
             does = their_decays[id(parameters[entry.key])]
             yield Pair("weight decay in fine-tuning", name, at(decays, entry.path), does, "exact")
+    # A power of 12 and more, whose last digits show how it is computed.
+    deep = Transfer(reference, {"encoder": TransformerConfig(8, 13, 1), "decoder": TransformerConfig(8, 1, 1)})
+    rates = optimizers.layer_rates(deep.params, 13, 0.65)
+    theirs = torch_train.layer_rates(deep.torch_model(), 0.65)
+    for entry in entries(deep.classifier):
+        yield Pair("layer decay", f"13 blocks, {entry.key}", at(rates, entry.path), theirs[entry.key], "exact")
 
 
 def finetuning(ours: Ours, reference: Reference) -> Pairs:
