@@ -255,10 +255,11 @@ def test_a_faithful_residual_network_agrees_in_training_mode(resnet):
     [
         (ResNet(partial(BatchNorm, momentum=0.9)), "bn1", "bn1.running_mean"),
         (ResNet(partial(BatchNorm, unbiased=False)), "bn1", "bn1.running_var"),
+        (ResNet(partial(nn.BatchNorm, False, momentum=0.9)), "bn1", "bn1.running_var"),
         (ResNet(partial(BatchNorm, epsilon=1e-3)), "bn1", "bn1"),
         (ResNet(padding="SAME"), "conv2", "conv2"),
     ],
-    ids=["momentum", "biased variance", "epsilon", "padding"],
+    ids=["momentum", "biased variance", "linen's", "epsilon", "padding"],
 )
 def test_a_mistake_in_a_residual_network_is_found_where_it_is(resnet, model, stage, tensor):
     first = parity.trace(model, *resnet, layouts="NCHW->NHWC").first_departure
