@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 import parity
 from mae_jax.errors import StatedError
 from parity import __main__ as command
-from parity.captures import Value
+from parity.captures import Value, merges
 from parity.pairing import Layouts, pair_values
 from tests.peers import peer
 
@@ -694,8 +694,24 @@ def test_an_argument_that_cannot_be_used_is_stated(field, arguments, message):
     assert message in str(raised.value)
 
 
-@given(st.permutations("NHTDC"), st.integers(0, 5))
-def test_a_layout_goes_to_ours_and_back(letters, kept):
+@pytest.mark.parametrize(
+    ("one", "other", "merged"),
+    [
+        ((2, 6, 2, 4), (2, 6, 8), True),
+        ((2, 4, 4, 3), (2, 16, 3), True),
+        ((2, 16, 3), (32, 3), True),
+        ((5,), (5, 1), True),
+        ((2, 2, 6, 4), (2, 6, 8), False),
+        ((2, 3), (3, 2), False),
+        ((2, 6), (2, 5), False),
+    ],
+)
+def test_neighbouring_axes_are_merged_and_no_others(one, other, merged):
+    assert merges(one, other) is merges(other, one) is merged
+
+
+@given(st.permutations("NHTDC"))
+def test_a_layout_goes_to_ours_and_back(letters):
     ours, theirs = "".join(letters), "NHTDC"
     sizes = dict(zip(theirs, (2, 3, 4, 5, 6), strict=True))
     layouts = Layouts({"*": "AB->BA", "blocks": f"{theirs}->{ours}"})
@@ -771,7 +787,5 @@ def test_the_command_states_that_a_file_is_not_there(tmp_path, capsys, monkeypat
 
 
 def test_importing_the_package_pulls_no_framework():
-    code = (
-        "import sys, parity; assert not {'torch', 'jax', 'numpy'} & {*sys.modules}; assert parity.__all__ == ['trace']"
-    )
+    code = "import sys, parity; assert not {'torch', 'jax', 'numpy'} & {*sys.modules}; assert 'trace' in parity.__all__"
     subprocess.run([sys.executable, "-c", code], check=True)
