@@ -154,12 +154,13 @@ def floating(array: Any) -> bool:
 
 
 def as_array(array: Any) -> Array:
-    """Return an array of any library as NumPy's, in the same type."""
+    """Return an array of any library as NumPy's, in the same type; real and imaginary part along a last axis."""
     if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
+        array = array.detach().cpu().resolve_conj().resolve_neg()
         # NumPy alone has no bfloat16.
-        return array.float().numpy().astype(jnp.bfloat16) if array.dtype == torch.bfloat16 else array.numpy()
-    return np.asarray(array)
+        array = array.float().numpy().astype(jnp.bfloat16) if array.dtype == torch.bfloat16 else array.numpy()
+    array = np.asarray(array)
+    return np.stack((array.real, array.imag), -1) if np.iscomplexobj(array) else array
 
 
 def merges(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
