@@ -454,7 +454,7 @@ class Jitted(nn.Module):
         return nn.jit(nn.Dense)(5, name="third")(x)
 
 
-def test_layers_with_a_jit_of_their_own_are_told_apart():
+def test_layers_that_are_alike_and_have_a_jit_of_their_own_are_kept_apart():
     class Sine(torch.nn.Module):
         def forward(self, x):
             return torch.sin(x)
