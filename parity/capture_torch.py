@@ -87,7 +87,7 @@ class Torch:
             tensors = {name: one.output for name, one in kept.items() if one.output.is_floating_point()}
             leaves = [*tensors.values(), *parameters.values(), *varied.values()]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            ends = [name for name in weights if tensors[name].requires_grad]
+            ends = [name for name in weights if name in tensors and tensors[name].requires_grad]
             given = [_tensor(weights[name], tensors[name].dtype) for name in ends]
             with stated(f"PyTorch's backward pass in {precision}", record):
                 found = torch.autograd.grad([tensors[name] for name in ends], wanted, given, allow_unused=True)

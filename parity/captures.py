@@ -1,6 +1,9 @@
 """What the modules of a model return, and the gradients there, in one form for Flax and PyTorch."""
 
 import dataclasses
+import itertools
+import math
+import operator
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -151,18 +154,23 @@ def floating(array: Any) -> bool:
 
 
 def as_array(array: Any) -> Array:
-    """Return an array of any library as NumPy's, in the same type."""
+    """Return an array of any library as NumPy's, in the same type; real and imaginary part along a last axis."""
     if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
+        array = array.detach().cpu().resolve_conj().resolve_neg()
         # NumPy alone has no bfloat16.
-        return array.float().numpy().astype(jnp.bfloat16) if array.dtype == torch.bfloat16 else array.numpy()
-    return np.asarray(array)
+        array = array.float().numpy().astype(jnp.bfloat16) if array.dtype == torch.bfloat16 else array.numpy()
+    array = np.asarray(array)
+    return np.stack((array.real, array.imag), -1) if np.iscomplexobj(array) else array
 
 
 def merges(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Return whether one shape is the other with neighbouring axes merged: heads and their width, rows and columns."""
-    ends = [{int(np.prod(shape[:i])) for i in range(1, len(shape) + 1)} - {1} for shape in (one, other)]
-    return np.prod(one) == np.prod(other) and (ends[0] <= ends[1] or ends[1] <= ends[0])
+    if one == other:
+        return True
+    if math.prod(one) != math.prod(other):
+        return False
+    ends, others = ({*itertools.accumulate(shape, operator.mul)} - {1} for shape in (one, other))
+    return ends <= others or others <= ends
 
 
 def values_of(modules: Mapping[str, str], kept: Mapping[str, Captured]) -> tuple[Value, ...]:

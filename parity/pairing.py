@@ -104,15 +104,19 @@ class _Signs:
         return re.split(r"[./]", self.value.module.lower())[-1]
 
 
+def _agree(ours: _Signs, theirs: _Signs) -> bool:
+    """Return whether two values agree as far as their fingerprints tell, far beyond their rounding."""
+    error = 1e-9 if ours.value.value.dtype == theirs.value.value.dtype == np.float64 else 1e-4
+    norm = theirs.fingerprint[0]
+    return all(abs(a - b) <= error * norm for a, b in zip(ours.fingerprint, theirs.fingerprint, strict=True))
+
+
 def _closeness(ours: _Signs, theirs: _Signs) -> float:
     """Return how likely two values are the same; 0 where they cannot be paired."""
     if ours.scope != theirs.scope:
         return 0.0
     same_shape = merges(ours.value.value.shape, theirs.value.value.shape)
-    error = 1e-9 if ours.value.value.dtype == theirs.value.value.dtype == np.float64 else 1e-4
-    agree = same_shape and bool(
-        np.allclose(ours.fingerprint, theirs.fingerprint, rtol=0.0, atol=error * theirs.fingerprint[0])
-    )
+    agree = same_shape and _agree(ours, theirs)
     common, either = ours.sizes & theirs.sizes, ours.sizes | theirs.sizes
     alike = sum(size * n for size, n in common.items()) / (sum(size * n for size, n in either.items()) or 1)
     related = alike > 0.4 or (

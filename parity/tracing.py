@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def trace(
     Args:
       module: of linen, or of NNX.
       variables: of a linen module, as its `init` returns them; None for an NNX module.
-      torch_module: in the mode in which it is to run. A copy of it runs on the CPU.
+      torch_module: in the mode in which it is to run. A copy of it runs on the CPU, with the hooks that it has.
       inputs: the positional arguments. Floating-point arrays are cast to each precision, all others left.
       torch_inputs: PyTorch's, where they differ (in layout); the same by default.
       names: the partners that order and shape do not give, Flax's name first (`{"encoder/block_0": "blocks.0"}`), of
@@ -65,6 +66,9 @@ def trace(
     Raises:
       StatedError: an argument cannot be used, or one of the models raised.
     """
+    if not precisions or not {*precisions} <= {"float64", "float32"}:
+        message = f"precisions are {shown(precisions)}: give 'float64', 'float32' or both, in a tuple"
+        raise StatedError(message, field="precisions")
     for field, given in (("inputs", inputs), ("torch_inputs", torch_inputs)):
         if not isinstance(given, tuple | list | None):
             raise StatedError(f"{field} is {shown(given)}: give a tuple of the arguments", field=field)
@@ -221,7 +225,9 @@ class _Trace:
             yield f"Not the same weights on both sides: {', '.join(unequal)}."
 
     def _place(self, precision: Precision, first: Comparison) -> str:
-        """State where the first departure arises, from what agrees before it; nothing where it is no value's."""
+        """State where the first departure arises, from what agrees before it; nothing of running statistics."""
+        if first.stage.startswith("gradient "):
+            return "All values agree: it is the backward passes that part."
         names = [(a.name, b.name) for a, b in self.pairs]
         if (first.stage, first.tensor) not in names:
             return ""
@@ -302,17 +308,25 @@ def trace_command(arguments: TraceArguments) -> int:
 
 
 def _call(pair: str) -> Any:
-    """Execute a file, and return what its function returns."""
+    """Execute a file, which may import its neighbours, and return what its function returns."""
     path, _, name = pair.rpartition(":")
     spec = importlib.util.spec_from_file_location("traced_pair", path) if Path(path).is_file() else None
     if spec is None or spec.loader is None:
         raise StatedError(f"{pair!r} does not name a file that is there, as FILE.py:FUNCTION", field="pair")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses, as linen's modules are, look for their module
-    spec.loader.exec_module(module)
-    if not callable(function := getattr(module, name, None)):
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+        function = getattr(module, name, None)
+        given = function() if callable(function) else None
+    except Exception as error:
+        traceback.print_exc()
+        raise StatedError(f"{pair} raised {type(error).__name__}", field="pair") from error
+    finally:
+        del sys.path[0], sys.modules[spec.name]
+    if not callable(function):
         raise StatedError(f"{path} has no function {name!r}", field="pair")
-    given = function()
     names = list(inspect.signature(trace).parameters)
     fits = (
         set(names[:4]) <= given.keys() <= set(names)
