@@ -7,12 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parity.tracing import trace as trace
+    from parity.tracing.modules import trace as trace
     from parity.trained import compare as compare
 
 # The public functions, and where each is. They are imported when they are first used: `import parity` pulls no
 # framework.
-_HOMES = {"compare": "parity.trained", "trace": "parity.tracing"}
+_HOMES = {"compare": "parity.trained", "trace": "parity.tracing.modules"}
 __all__ = ["compare", "trace"]
 
 

@@ -45,17 +45,17 @@ class Bound:
 BOUNDS = {
     "exact": Bound(0.0, 0.0, 0.0, 0.0, "values are moved, counted or compared, never computed"),
     "table": Bound(2.0**-23, 2.0**-23, 0.0, 0.0, "computed in float64 and stored as float32: one rounding"),
-    "stage": Bound(1e-13, 1e-6, 3e-15, 7.5e-7, "a few roundings of one stage fed with the same input"),
-    "product": Bound(1e-13, 2e-6, 3e-15, 1.3e-6, "one product with no residual beside it, of up to 512 terms"),
-    "normal": Bound(1e-11, 1e-5, 1e-12, 1e-6, "the inverse of erf: its slope multiplies the rounding of a uniform"),
-    "forward": Bound(1e-13, 5e-6, 3e-15, 1.2e-6, "roundings of all stages before it, carried by the residual stream"),
-    "gradient": Bound(1e-12, 1e-5, 2.1e-15, 7.2e-7, "roundings of the forward and the backward pass"),
-    "training": Bound(1e-12, 1e-5, 4.7e-14, 1.3e-7, "up to 20 updates: each adds the rounding of its gradient"),
+    "stage": Bound(3e-14, 1e-6, 6.7e-15, 7.5e-7, "a few roundings of one stage fed with the same input"),
+    "product": Bound(3e-14, 2e-6, 3e-15, 1.3e-6, "one product with no residual beside it, of up to 512 terms"),
+    "normal": Bound(1e-12, 1e-5, 1e-13, 4.6e-6, "the inverse of erf: its slope multiplies the rounding of a uniform"),
+    "forward": Bound(3e-14, 5e-6, 3e-15, 1.2e-6, "roundings of all stages before it, carried by the residual stream"),
+    "gradient": Bound(2.5e-14, 1e-5, 3e-15, 2e-6, "roundings of the forward and the backward pass"),
+    "training": Bound(1e-12, 1e-5, 1.5e-13, 4.7e-6, "up to 20 updates: each adds the rounding of its gradient"),
     # bfloat16 models, on inputs whose rounding is known: what is left does not depend on the precision beside them.
-    "float32": Bound(1e-6, 1e-6, 1e-7, 1e-7, "float32 at either precision: sums in a bfloat16 model"),
-    "cancelled": Bound(2e-5, 2e-5, 4.8e-6, 4.8e-6, "float32, less a mean of 64 times the deviation"),
-    "alike": Bound(0.02, 0.02, 2e-3, 2e-3, "share of values that round to another bfloat16"),
-    "bfloat16": Bound(2**-5, 2**-5, 1e-2, 1e-2, "a pass whose products are rounded to bfloat16, 2^-8 each"),
+    "float32": Bound(1e-6, 1e-6, 2.9e-7, 2.9e-7, "float32 at either precision: sums in a bfloat16 model"),
+    "cancelled": Bound(2e-5, 2e-5, 5.8e-6, 5.8e-6, "float32, less a mean of 64 times the deviation"),
+    "alike": Bound(4e-3, 4e-3, 4.9e-4, 4.9e-4, "share of values that round to another bfloat16"),
+    "bfloat16": Bound(2**-5, 2**-5, 1.6e-2, 1.6e-2, "a pass whose products are rounded to bfloat16, 2^-8 each"),
 }
 Kind = Literal[
     "exact",

@@ -139,7 +139,7 @@ def wrong_usage(message: str) -> int:
 def main() -> int:
     """Return 0 where everything agrees, 1 where something departs, 2 on wrong usage."""
     if sys.argv[1:2] == ["trace"]:
-        from parity.tracing import TraceArguments, trace_command
+        from parity.tracing.modules import TraceArguments, trace_command
 
         return trace_command(tyro.cli(TraceArguments, args=sys.argv[2:], prog="python -m parity trace"))
     arguments = tyro.cli(Arguments, prog="python -m parity")

@@ -47,13 +47,12 @@ def position_tables(ours: Ours, reference: Reference) -> Pairs:
 
     Then a long one, on which a frequency that is rounded shows.
     """
-    for kind, width in (("sincos2d", 16), ("sincos1d", 6)):
-        long = replace(
-            ours.config, positions=kind, image_size=(60, 90), patch_size=(2, 3), masking="random", mask_ratio=0.5
-        )
-        table = patches.fixed_positions(kind, width, long.grid, class_token=False)
-        theirs = torch_mae.positions(replace(long, class_token=False), width)[0]
-        yield Pair(f"positions {kind}", "30 x 30 patches", table, theirs, "table")
+    for kind, theirs in {
+        "sincos2d": torch_mae.sincos2d(16, (40, 25)),
+        "sincos1d": torch_mae.sincos1d(16, 1000),
+    }.items():
+        table = patches.fixed_positions(kind, 16, (40, 25), class_token=False)
+        yield Pair(f"positions {kind}", "40 x 25 patches", table, theirs, "table")
     for kind in ("sincos2d", "sincos1d"):
         for stack in ("encoder", "decoder"):
             for class_token in (True, False):

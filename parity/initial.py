@@ -130,7 +130,7 @@ def resized_positions(ours: Ours, reference: Reference) -> Pairs:
         for class_token in (True, False):
             table = generator.standard_normal((old[0] * old[1] + class_token, 8)).astype(reference.precision)
             mine = patches.resize_positions(table, old, new, class_token)
-            grid = torch.from_numpy(table[int(class_token) :]).T.reshape(1, 8, *old)
+            grid = torch.from_numpy(table[int(class_token) :]).double().T.reshape(1, 8, *old)
             resized = torch.nn.functional.interpolate(grid, size=new, mode="bicubic", align_corners=False)
             theirs = np.concatenate([table[: int(class_token)], resized[0].flatten(1).T.numpy()])
             yield Pair("resized positions", f"{old} to {new}, class token {class_token}", mine, theirs, "stage")

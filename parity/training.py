@@ -42,11 +42,14 @@ def operations(ours: Ours, reference: Reference) -> Pairs:
             [generator.standard_normal((2, 5, 3, 4, 8))],
         ),
     }
-    for name, scale in {"attention": 1.0, "attention, large scores": 1000.0}.items():
+    # Each query is near one key and far from all others, so that no score is near another.
+    keys = np.broadcast_to(np.eye(5, 8), (2, 3, 5, 8))
+    large = [4000 * keys[:, :, ::-1] + heads[0], keys, heads[2]]
+    for name, given in {"attention": heads, "attention, large scores": large}.items():
         tried[name] = (
             lambda query, key, value: written.attend(query, key, value, dtype),
             torch.nn.functional.scaled_dot_product_attention,
-            [scale * heads[0], *heads[1:]],
+            given,
         )
     for name, (mine, other, arrays) in tried.items():
         inputs = [values.astype(reference.precision) for values in arrays]

@@ -138,3 +138,50 @@ def test_wrong_usage(monkeypatch, capsys, arguments, message):
 
 def test_every_published_size_can_be_named():
     assert MODELS.keys() <= command.MODELS.keys()
+
+
+@pytest.mark.parametrize("name", bounds.BOUNDS)
+def test_no_bound_is_wide(name):
+    """At most ten times the largest error that is seen, or one rounding where that is larger."""
+    bound = bounds.BOUNDS[name]
+    for precision in ("float64", "float32"):
+        rounding = 2.0**-23 if name == "table" else bounds.ROUNDING[precision]
+        assert bound.seen(precision) <= bound.at(precision)
+        assert name == "exact" or bound.at(precision) <= max(10 * bound.seen(precision), rounding)
+
+
+def test_an_error_within_a_stage_is_a_row_of_it(monkeypatch):
+    def fails(*_args):
+        raise ArithmeticError("no such number")
+
+    monkeypatch.setattr("mae_jax.models.patches.patchify", fails)
+    (results,) = run([Reference(SMALL["tiny"], "float64")], ["patchify"])
+    assert [(result.stage, result.passed) for result in results] == [("patchify", False)]
+    assert results[0].fault == "stopped by ArithmeticError: no such number"
+
+
+def test_gradients_are_listed_from_the_loss_backwards():
+    (results,) = run([Reference(SMALL["tiny"], "float64")], ["gradients"])
+    stages = list(dict.fromkeys(result.stage for result in results))
+    decoder = ["decoder_pred", "decoder_norm", "decoder_blocks.1", "decoder_blocks.0", "mask_token", "decoder_embed"]
+    encoder = ["norm", "blocks.1", "blocks.0", "cls_token", "patch_embed"]
+    assert stages == [f"gradient {part}" for part in (*decoder, *encoder)]
+
+
+def test_it_stops_at_the_first_departure(monkeypatch, capsys):
+    monkeypatch.setitem(bounds.BOUNDS, "exact", bounds.Bound(-1.0, -1.0, 0.0, 0.0, "nothing passes"))
+    monkeypatch.setattr(sys, "argv", ["parity", "--model", "tiny", "--stop-at-first", "--stages", "patchify", "loss"])
+    assert command.main() == 1
+    printed = capsys.readouterr().out
+    assert "unpatchify" in printed
+    assert "loss" not in printed
+    assert "float32" not in printed
+
+
+def test_a_device_that_is_not_there_is_named(capsys):
+    arguments = [sys.executable, "-m", "parity", "--device", "gpu"]
+    if jax.default_backend() != "cpu":
+        pytest.skip("there is one")
+    done = subprocess.run(arguments, capture_output=True, text=True, env=as_users_compile(), check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("--device gpu: JAX finds none here")

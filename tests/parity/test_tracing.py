@@ -23,8 +23,8 @@ torch = pytest.importorskip("torch")
 import parity
 from mae_jax.errors import StatedError
 from parity import __main__ as command
-from parity.captures import Value, merges
-from parity.pairing import Layouts, pair_values
+from parity.tracing.captures import Value, merges
+from parity.tracing.pairing import Layouts, pair_values
 from tests.peers import peer
 
 F = torch.nn.functional

@@ -20,7 +20,7 @@ from flax import nnx
 
 from mae_jax.errors import StatedError, shown
 from parity.bounds import Precision
-from parity.captures import (
+from parity.tracing.captures import (
     Arrays,
     Captured,
     Gradients,

@@ -22,11 +22,11 @@ import tyro
 from mae_jax.errors import StatedError, shown
 from mae_jax.port.compare import Comparison
 from parity.bounds import Kind, Precision
-from parity.capture_flax import Flax
-from parity.capture_torch import Torch
-from parity.captures import Arrays, Run, floating, merges
-from parity.departures import Report, compared, largest, not_finite
-from parity.pairing import Layouts, Names, module_of, pair_parameters, pair_values
+from parity.tracing.capture_flax import Flax
+from parity.tracing.capture_torch import Torch
+from parity.tracing.captures import Arrays, Run, floating, merges
+from parity.tracing.departures import Report, compared, largest, not_finite
+from parity.tracing.pairing import Layouts, Names, module_of, pair_parameters, pair_values
 
 Parameters = Mapping[str, tuple[str, Any]]  # ours: PyTorch's, and what arranges PyTorch's as ours
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from parity.bounds import Precision
-from parity.captures import (
+from parity.tracing.captures import (
     Array,
     Arrays,
     Captured,

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from mae_jax.errors import StatedError
-from parity.captures import Array, Arrays, Gradients, Run, Value, merges
+from parity.tracing.captures import Array, Arrays, Gradients, Run, Value, merges
 
 Names = Mapping[str, str]
 

@@ -10,8 +10,8 @@ import numpy as np
 from mae_jax.port import compare as tensors
 from mae_jax.port.compare import Comparison
 from parity.bounds import BOUNDS, Kind, Precision
-from parity.captures import Array, floating, merges
 from parity.report import COLUMNS, line, rows
+from parity.tracing.captures import Array, floating, merges
 
 
 @dataclass(frozen=True)
