@@ -83,7 +83,10 @@ def _variant(config: ModelConfig, **changes: Any) -> ModelConfig | None:
 def noise(ours: Ours, reference: Reference) -> Pairs:
     """Compare the noise that the compiled step draws: a row for each example, the same whichever device holds it."""
     drawn = ours.drawn_noise()
-    yield Pair("noise", "each example's row, drawn alone", drawn, reference.noise[0], "exact")
+    parts = len(ours.engine().devices)
+    halves = zip(np.split(drawn, parts), np.split(reference.noise[0], parts), strict=True)
+    for device, (mine, theirs) in enumerate(halves):
+        yield Pair("noise", f"each example's row, on device {device}", mine, theirs, "exact")
     yield Pair("noise", "different rows", len(np.unique(drawn, axis=0)), len(drawn), "exact")
 
 
