@@ -198,7 +198,7 @@ def mixed_precision_pass(ours: Ours, reference: Reference) -> Pairs:
     for what, made in {"pretraining": run, "fine-tuning": tuned}.items():
         state = jax.eval_shape(lambda made=made: steps.init_state(made))
         for path, values in jax.tree_util.tree_leaves_with_path((state.params, state.optimizer)):
-            if np.issubdtype(values.dtype, np.floating):
+            if jnp.issubdtype(values.dtype, jnp.floating):
                 yield _dtype(f"state of {what}, {jax.tree_util.keystr(path)}", values, "float32")
     loss, computed = low.loss_and_gradients()
     yield Pair("mixed precision pass", "loss", loss, reference.stages["loss"], "bfloat16", "float32")

@@ -16,7 +16,8 @@ from parity.sides import Ours, Reference
 from parity.training import EVERY_GRADIENT, TRAINING, operations
 from parity.transfer import TRANSFER
 
-STAGES = {stage.__name__: stage for stage in (*INPUTS, *INITIAL, *FORWARD, operations, *BFLOAT16, *TRAINING, *TRANSFER)}
+PASS = (*FORWARD, operations, *BFLOAT16, *EVERY_GRADIENT)
+STAGES = {stage.__name__: stage for stage in (*INPUTS, *PASS, *INITIAL, *TRAINING, *TRANSFER)}
 
 # What depends on the choices of a model; the rest is compared with the first model alone.
 EVERY_MODEL = {stage.__name__ for stage in (*FORWARD, *EVERY_GRADIENT)}

@@ -272,6 +272,6 @@ def without_key_bias(name: str, values: np.ndarray) -> np.ndarray:
 
 EVERY_GRADIENT = (gradients, parameter_groups)
 TRAINING = (
-    gradients, parameter_groups, learning_rate, update, lars_update,
+    learning_rate, update, lars_update,
     gradients_on_devices, training, accumulation,
 )  # fmt: skip
