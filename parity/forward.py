@@ -33,12 +33,12 @@ def images(ours: Ours, reference: Reference) -> Pairs:
 
 def patchify(ours: Ours, reference: Reference) -> Pairs:
     """Compare images cut into patches, and laid back."""
-    config = ours.config
+    config, dtype = ours.config, reference.precision
     theirs = torch_mae.patchify(reference.images[0], config.patch_hw)
-    yield Pair("patchify", "patches", patches.patchify(ours.images, config.patch_hw), theirs, "exact")
+    yield Pair("patchify", "patches", patches.patchify(ours.images, config.patch_hw), theirs, "exact", dtype)
     laid = patches.unpatchify(jnp.asarray(theirs.numpy()), config.grid, config.patch_hw)
     their_laid = torch_mae.unpatchify(theirs, config.grid, config.patch_hw).movedim(1, -1)
-    yield Pair("unpatchify", "images", laid, their_laid, "exact")
+    yield Pair("unpatchify", "images", laid, their_laid, "exact", dtype)
     yield Pair("unpatchify", "there and back", laid, ours.images, "exact")
 
 
@@ -52,7 +52,7 @@ def position_tables(ours: Ours, reference: Reference) -> Pairs:
         "sincos1d": torch_mae.sincos1d(16, 1000),
     }.items():
         table = patches.fixed_positions(kind, 16, (40, 25), class_token=False)
-        yield Pair(f"positions {kind}", "40 x 25 patches", table, theirs, "table")
+        yield Pair(f"positions {kind}", "40 x 25 patches", table, theirs, "table", "float32")
     for kind in ("sincos2d", "sincos1d"):
         for stack in ("encoder", "decoder"):
             for class_token in (True, False):
@@ -62,7 +62,9 @@ def position_tables(ours: Ours, reference: Reference) -> Pairs:
                     continue
                 table = patches.fixed_positions(kind, width, variant.grid, class_token)
                 theirs = torch_mae.positions(variant, width)[0]
-                yield Pair(f"positions {kind}", f"{stack}, class token {class_token}", table, theirs, "table")
+                yield Pair(
+                    f"positions {kind}", f"{stack}, class token {class_token}", table, theirs, "table", "float32"
+                )
     if ours.config.positions == "learned":
         model = reference.model
         for stack, theirs in {"encoder": model.pos_embed, "decoder": model.decoder_pos_embed}.items():
@@ -86,7 +88,7 @@ def noise(ours: Ours, reference: Reference) -> Pairs:
     parts = len(ours.engine().devices)
     halves = zip(np.split(drawn, parts), np.split(reference.noise[0], parts), strict=True)
     for device, (mine, theirs) in enumerate(halves):
-        yield Pair("noise", f"each example's row, on device {device}", mine, theirs, "exact")
+        yield Pair("noise", f"each example's row, on device {device}", mine, theirs, "exact", "float32")
     yield Pair("noise", "different rows", len(np.unique(drawn, axis=0)), len(drawn), "exact")
 
 
@@ -109,7 +111,7 @@ def masks(ours: Ours, reference: Reference) -> Pairs:
             ids_keep = made.ids_shuffle[:, : config.keep]
             yield Pair(stage, f"ids_keep, {what}", ids_keep, order[:, :kept], "exact")
             yield Pair(stage, f"ids_restore, {what}", made.ids_restore, restore, "exact")
-            yield Pair(stage, f"mask, {what}", made.hidden, restore >= kept, "exact")
+            yield Pair(stage, f"mask, {what}", made.hidden, restore >= kept, "exact", "float32")
 
 
 # --- encoder ----------------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def target(ours: Ours, reference: Reference) -> Pairs:
 def loss(ours: Ours, reference: Reference) -> Pairs:
     """Compare the mean squared error of the hidden patches, or of all, and the masks that it was taken over."""
     yield Pair("loss", "whole pass", ours.forward[0].loss, reference.stages["loss"], "forward")
-    yield Pair("loss", "mask", ours.forward[0].mask, reference.stages["mask"], "exact")
+    yield Pair("loss", "mask", ours.forward[0].mask, reference.stages["mask"], "exact", "float32")
     yield Pair("loss", "ids_restore", ours.forward[0].ids_restore, reference.stages["ids_restore"], "exact")
 
 

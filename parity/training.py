@@ -235,7 +235,7 @@ def accumulation(ours: Ours, reference: Reference) -> Pairs:
         for step in range(count):
             batch = objective.Batch(ours.bytes[step], ours.positions[step])
             state, metrics = engine.step(state, engine.put(batch))
-            losses.append(float(metrics.loss))
+            losses.append(jax.device_get(metrics.loss))
         stage = f"accumulation, {name}"
         yield Pair(stage, "losses", np.array(losses), np.array(theirs.losses), "training")
         if reference.precision == "float32":
