@@ -129,6 +129,8 @@ def test_cudnn_is_refused_where_there_is_none(tiny):
     config, wide = tiny(), TransformerConfig(width=16, depth=1, heads=2)
     fused = dataclasses.replace(config.model, dtype="bfloat16", attention="cudnn", encoder=wide, decoder=wide)
     check_attention(config.model, jax.local_devices())
+    for capability in ("8.0", "9.0", "10.0", "12.1"):  # numbers, not text
+        check_attention(fused, [SimpleNamespace(platform="gpu", compute_capability=capability)])
     gpu = [SimpleNamespace(platform="gpu", compute_capability="8.0")]
     for fsdp in (1, 2, 3):
         check_attention(fused, gpu, fsdp)

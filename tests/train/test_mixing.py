@@ -137,3 +137,19 @@ def test_erasing_belongs_to_the_position():
     assert np.std(erased[erased != 0]) == pytest.approx(1, abs=0.05)
     np.testing.assert_array_equal(erase(images[:8], jax.random.key(0), positions[32:40], 0.25), erased[32:40])
     np.testing.assert_array_equal(erase(images, jax.random.key(0), positions, 0.0), images)
+
+
+def test_a_rectangle_is_smaller_than_the_image_both_ways():
+    """timm draws again where a side is as long as the image's; its own test is `<`."""
+    # Area and aspect of a rectangle of 4 x 2 in an image of 4 x 6, which is too high; then of 2 x 2, which fits.
+    low, high = 0.02, 1 / 3
+
+    def uniforms(height, width):
+        area = (height * width / 24 - low) / (high - low)
+        aspect = (1 - np.log(height / width) / np.log(0.3)) / 2
+        return [area, aspect, 0.5, 0.0]
+
+    inside = np.asarray(erased_box(jnp.asarray([uniforms(4, 2), uniforms(2, 2)]), 4, 6))
+    assert inside.sum() == 4
+    assert inside[1:3, :2].all()
+    assert not np.asarray(erased_box(jnp.asarray([uniforms(4, 2)]), 4, 6)).any()

@@ -13,7 +13,7 @@ from PIL import Image
 from mae_jax.config import AugmentConfig
 from mae_jax.data.images.box import choose_box
 from mae_jax.data.images.decode import BrokenImage, Decoded, JpegPicture, Squeezed, decode, open_picture, to_array
-from mae_jax.data.images.resize import resize_part
+from mae_jax.data.images.resize import _enough, resize_part
 from mae_jax.data.sources.folder import FolderSource
 from mae_jax.rng import host_generator
 from tests.data.photographs import photograph
@@ -147,3 +147,9 @@ def test_real_photographs_at_the_models_size(imagenet_sample: Path) -> None:
         fast = resize_part(source.picture(i), box, (224, 224), fast=True)
         off.append(np.abs(fast.astype(int) - np.asarray(expected)).mean())
     assert np.mean(off) < 1.5
+
+
+def test_a_fast_resize_decodes_twice_what_a_crop_shows() -> None:
+    """At the crop's own size the scaled decoding would be all there is to average; a file is never decoded larger."""
+    assert _enough((400, 600), (0, 0, 300, 200), (50, 50)) == (200, 300)  # shrinks 6 and 4 times
+    assert _enough((400, 600), (0, 0, 100, 100), (50, 50)) is None
