@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mae_jax.config import AugmentConfig
-from mae_jax.data.images.box import center_box, covering_size, fixed_size_crop_box, random_resized_crop_box
+from mae_jax.data.images.box import center_box, covering_size, fixed_size_crop_box, random_resized_crop_box, scale_box
 from mae_jax.data.images.decode import Decoded, to_array, to_image
 from mae_jax.data.images.distort import color_jitter, distort, rand_augment
 from mae_jax.data.images.resize import center_crop, resize_part
@@ -246,3 +246,7 @@ def test_distortion_is_rand_augment_and_then_jitter(channels: int) -> None:
         assert (found == expected).all()
         changed += (found != pixels).any()
     assert changed == 10
+
+
+def test_a_box_is_scaled_in_each_direction_by_itself():
+    assert scale_box((10, 20, 30, 60), (100, 200), (50, 20)) == (1.0, 10.0, 3.0, 30.0)
