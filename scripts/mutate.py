@@ -20,6 +20,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("mutations.toml")
 COPIED = ("mae_jax", "parity", "tests", "pyproject.toml")
 TESTS = ("tests",)  # the stage of mistakes in code that parity does not execute
+
+# What parity prints: a stage and how many tensors it has, and the verdict.
+ROW = re.compile(r"^(\S.*?) +\d+ +\S+ +\S+ +\S+   (?:ok|DEPARTS)", re.MULTILINE)
+DEPARTED = re.compile(r"The first stage that departs is '([^']*)'")
 
 # Seconds that each may take with a mistake, or twice what it took without any where that is more: a hang is a catch.
 PARITY_LIMIT, TESTS_LIMIT = 300.0, 400.0
@@ -292,21 +297,18 @@ async def run_parity(copy: Path, programs: Path, limit: float | None) -> Finding
     Raises:
       StatedError: it does not understand how it is called.
     """
-    report, begun = copy / "report", time.monotonic()
-    command = [sys.executable, "-m", "parity", "--stop-at-first", "--report", str(report)]
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "parity", "--stop-at-first"]
     code, output = await call(command, copy, programs, limit)
     seconds = round(time.monotonic() - begun, 1)
     if code == WRONG_USAGE:
         raise StatedError(f"{' '.join(command)} ended with {code}: {output.strip()}", field="parity")
     if code is None:
         return Finding(True, "time-out", seconds)
-    file = report / "parity.json"
-    if not file.exists():
-        return Finding(True, traceback(output), seconds)
-    reports = json.loads(file.read_text())
-    departures = [found["first_departure"]["stage"] for found in reports if found["first_departure"]]
-    stages = tuple(dict.fromkeys(result["stage"] for found in reports for result in found["results"]))
-    return Finding(bool(code), departures[0] if departures else traceback(output) if code else "", seconds, stages)
+    stages = tuple(dict.fromkeys(row[1] for row in ROW.finditer(output)))
+    departed = DEPARTED.search(output)
+    where = departed[1] if departed else traceback(output) if code else ""
+    return Finding(bool(code), where, seconds, stages)
 
 
 async def run_tests(tests: Sequence[str], copy: Path, programs: Path, limit: float | None) -> Finding:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import importlib
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,10 @@ import pytest
 from mae_jax.errors import StatedError
 
 from .conftest import ROOT
+
+pytest.importorskip("torch")
+
+from parity.report import line
 
 
 @pytest.fixture
@@ -154,12 +157,15 @@ def test_which_are_chosen(mutate: ModuleType, monkeypatch: pytest.MonkeyPatch) -
 # --- What commands make of a mistake ----------------------------------------------------------------------------------
 
 
-def departure(stage: str) -> dict[str, Any]:
-    results = [{"stage": "images"}, {"stage": stage}]
-    return {"first_departure": {"stage": stage}, "results": results}
+def departure(stage: str) -> str:
+    """What parity prints where a stage departs."""
+    rows = [("images", "5", "2.4e-16", "2.4e-16", "3.0e-14", "ok"), (stage, "9", "nan", "nan", "exact", "DEPARTS: x")]
+    return "\n".join(
+        [*map(line, rows), f"tiny: 1 of 14 tensors differ. The first stage that departs is {stage!r}, ..."]
+    )
 
 
-AGREES = {"first_departure": None, "results": [{"stage": "images"}, {"stage": "loss"}]}
+AGREES = line(("loss", "5", "2.4e-16", "2.4e-16", "3.0e-14", "ok")) + "\ntiny: all 5 tensors agree.\n"
 
 
 class Commands:
@@ -167,7 +173,7 @@ class Commands:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-        self.ends: dict[str, tuple[int | None, str, list[dict[str, Any]] | None]] = {}
+        self.ends: dict[str, tuple[int | None, str]] = {}
 
     async def __call__(
         self, command: list[str], folder: Path, programs: Path, limit: float | None
@@ -175,12 +181,7 @@ class Commands:
         kind, lines = command[2], (folder / "mae_jax/a.py").read_text().splitlines()
         planted = [line for line in lines if line not in MODULE.splitlines()]
         self.calls.append(" ".join([kind, *planted]))
-        code, output, reports = self.ends[kind] if planted else (0, "", [AGREES])
-        if kind == "parity" and reports is not None:
-            report = Path(command[command.index("--report") + 1])
-            report.mkdir()
-            (report / "parity.json").write_text(json.dumps(reports))
-        return code, output
+        return self.ends[kind] if planted else (0, AGREES)
 
 
 @pytest.fixture
@@ -199,20 +200,20 @@ def run(mutate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     return call
 
 
-FAILED = (1, "....F\nFAILED tests/test_a.py::test_x - AssertionError\n1 failed", None)
+FAILED = (1, "....F\nFAILED tests/test_a.py::test_x - AssertionError\n1 failed")
 
 
 @pytest.mark.parametrize(
     ("parity", "tests", "line", "right", "code"),
     [
-        ((1, "", [departure("loss")]), FAILED, "parity at 'loss'; tests (tests/test_a.py::test_x)", "1 of 1, 100 %", 0),
-        ((1, "", [AGREES, departure("loss, all")]), (0, "", None), "parity at 'loss, all'", "1 of 1, 100 %", 0),
-        ((1, "", [departure("images")]), (0, "", None), "parity at 'images', not at loss", "0 of 1, 0 %", 0),
-        ((1, "a\nOops", None), (0, "", None), "parity at \"traceback: ['Oops']\", not at loss", "0 of 1, 0 %", 0),
-        ((None, "", None), (0, "", None), "parity at 'time-out', not at loss", "0 of 1, 0 %", 0),
-        ((0, "", [AGREES]), (None, "", None), "tests (time-out)", "0 of 0", 0),
-        ((0, "", [AGREES]), (2, "ImportError", None), "tests (traceback: ['ImportError'])", "0 of 0", 0),
-        ((0, "", [AGREES]), (0, "", None), "NOBODY", "0 of 0", 1),
+        ((1, departure("loss")), FAILED, "parity at 'loss'; tests (tests/test_a.py::test_x)", "1 of 1, 100 %", 0),
+        ((1, AGREES + departure("loss, all")), (0, ""), "parity at 'loss, all'", "1 of 1, 100 %", 0),
+        ((1, departure("images")), (0, ""), "parity at 'images', not at loss", "0 of 1, 0 %", 0),
+        ((1, "a\nOops"), (0, ""), "parity at \"traceback: ['Oops']\", not at loss", "0 of 1, 0 %", 0),
+        ((None, ""), (0, ""), "parity at 'time-out', not at loss", "0 of 1, 0 %", 0),
+        ((0, AGREES), (None, ""), "tests (time-out)", "0 of 0", 0),
+        ((0, AGREES), (2, "ImportError"), "tests (traceback: ['ImportError'])", "0 of 0", 0),
+        ((0, AGREES), (0, ""), "NOBODY", "0 of 0", 1),
     ],
 )
 def test_who_notices(
@@ -239,7 +240,7 @@ def test_what_was_found_is_not_run_again(
     project: Callable[..., Path], commands: Commands, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = project(entry(stage="loss"))
-    commands.ends = {"parity": (1, "", [departure("loss")]), "pytest": FAILED}
+    commands.ends = {"parity": (1, departure("loss")), "pytest": FAILED}
     planted = ["parity", "parity x = 2  # one", "pytest", "pytest x = 2  # one"]
     assert run("--parity-only") == 0
     assert commands.calls == planted[:2]
@@ -278,7 +279,7 @@ def test_a_stage_that_parity_does_not_have_is_named(
     project: Callable[..., Path], commands: Commands, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     project(entry(stage="losses"))
-    commands.ends = {"parity": (1, "", [departure("loss")]), "pytest": (0, "", None)}
+    commands.ends = {"parity": (1, departure("loss")), "pytest": (0, "")}
     assert run() == 0
     assert capsys.readouterr().err == "a: parity has no stage losses\n"
 
@@ -287,7 +288,7 @@ def test_the_project_as_it_is_may_be_left_out(
     project: Callable[..., Path], commands: Commands, run: Callable[..., int]
 ) -> None:
     project(entry(stage="loss"))
-    commands.ends = {"parity": (1, "", [departure("loss")]), "pytest": (0, "", None)}
+    commands.ends = {"parity": (1, departure("loss")), "pytest": (0, "")}
     assert run("--no-original") == 0
     assert commands.calls == ["parity x = 2  # one", "pytest x = 2  # one"]
 
@@ -309,7 +310,7 @@ def test_a_command_that_was_called_wrongly_catches_nothing(
     project: Callable[..., Path], commands: Commands, run: Callable[..., int], kind: str
 ) -> None:
     project(entry())
-    commands.ends = {"parity": (0, "", [AGREES]), "pytest": (0, "", None)}
+    commands.ends = {"parity": (0, "", [AGREES]), "pytest": (0, "")}
     commands.ends[kind] = (2, "unknown flag", None) if kind == "parity" else (5, "no tests ran", None)
     with pytest.raises(StatedError, match="unknown flag" if kind == "parity" else "hold no test"):
         run()
