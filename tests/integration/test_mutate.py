@@ -128,7 +128,8 @@ def test_tests_are_those_that_mirror_the_file_and_those_that_are_named(
     (mutation,) = mutate.load(mutate.TABLE, root)
     assert mutation.tests == ("tests/test_a.py", "tests/b.py", "c.py")
     assert mutate.mirrored("mae_jax/models/mae.py", ROOT) == ["tests/models/test_mae.py"]
-    assert mutate.mirrored("mae_jax/models/flops.py", ROOT) == []
+    assert mutate.mirrored("mae_jax/models/flops.py", ROOT) == ["tests/models/test_flops.py"]
+    assert mutate.mirrored("mae_jax/models/none.py", ROOT) == []
 
 
 def test_which_are_chosen(mutate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
