@@ -311,8 +311,8 @@ def test_a_command_that_was_called_wrongly_catches_nothing(
     project: Callable[..., Path], commands: Commands, run: Callable[..., int], kind: str
 ) -> None:
     project(entry())
-    commands.ends = {"parity": (0, "", [AGREES]), "pytest": (0, "")}
-    commands.ends[kind] = (2, "unknown flag", None) if kind == "parity" else (5, "no tests ran", None)
+    commands.ends = {"parity": (0, AGREES), "pytest": (0, "")}
+    commands.ends[kind] = (2, "unknown flag") if kind == "parity" else (5, "no tests ran")
     with pytest.raises(StatedError, match="unknown flag" if kind == "parity" else "hold no test"):
         run()
 
