@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mae_jax.cli import process
 from mae_jax.cli.flags import end_run, plain, prepare_jax, read_flags
+from mae_jax.cli.signals import stop_on_signals
 from mae_jax.config import FinetuneConfig
 from mae_jax.presets.transfer import FINETUNE, PROBE
 
@@ -45,7 +46,7 @@ def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], Fi
     prepare_decoder()
     with joined(config) as hosts:
         if not flags.eval_only:
-            with process.stop_on_signals(hosts.count > 1) as stop:
+            with stop_on_signals(hosts.count > 1) as stop:
                 finished = finetune(config, hosts, stop)
             return end_run(finished, args, prog)
         outcomes = evaluate(config, hosts)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mae_jax.cli import process
 from mae_jax.cli.flags import end_run, prepare_jax, read_flags
+from mae_jax.cli.signals import stop_on_signals
 
 
 def pretrain(args: Sequence[str], prog: str) -> int:
@@ -22,6 +23,6 @@ def pretrain(args: Sequence[str], prog: str) -> int:
 
     process.keep_programs()
     prepare_decoder()
-    with joined(config) as hosts, process.stop_on_signals(hosts.count > 1) as stop:
+    with joined(config) as hosts, stop_on_signals(hosts.count > 1) as stop:
         finished = pretrain(config, hosts, stop)
     return end_run(finished, args, prog)

@@ -13,7 +13,7 @@ import pytest
 
 from mae_jax.cli import process
 from mae_jax.cli.__main__ import main
-from mae_jax.cli.process import SIGNALS
+from mae_jax.cli.signals import SIGNALS
 from mae_jax.data.images import decode
 from tests.quick import as_users_compile, quick
 
