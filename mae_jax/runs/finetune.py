@@ -16,8 +16,8 @@ from mae_jax.files import local_path
 from mae_jax.hosts import Hosts
 from mae_jax.models import Params
 from mae_jax.runs.initial import start_from
-from mae_jax.runs.log import read_metrics
 from mae_jax.runs.loop import Finished, TrainingRun
+from mae_jax.runs.metrics import read_metrics
 from mae_jax.runs.run import memory_errors, run
 from mae_jax.runs.stop import StopRequest
 from mae_jax.storage.checkpoints import BEST, drop_later, save_best

@@ -12,7 +12,7 @@ from mae_jax.evaluation.classify import evaluate_classifier
 from mae_jax.hosts import Hosts
 from mae_jax.presets.transfer import FINETUNE
 from mae_jax.runs.finetune import Evaluations, evaluate, finetune, open_data
-from mae_jax.runs.log import read_metrics
+from mae_jax.runs.metrics import read_metrics
 from mae_jax.storage.checkpoints import load_classifier, save_best
 from mae_jax.train.build import build_engine, run_length
 from tests.refusals import refused
