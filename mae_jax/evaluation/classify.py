@@ -81,13 +81,14 @@ def evaluate_classifier(
     params: Params,
     source: Source,
     config: FinetuneConfig,
-    put: Callable[[Any], Any],
+    put_rows: Callable[[Any], Any],
     devices: int,
     hosts: Hosts,
 ) -> Outcomes:
     """Evaluate a classifier on centre crops of every image of a source; on several hosts each reads its own share.
 
-    put: lays rows of this host out over all devices, of which there are `devices`.
+    put_rows: cuts arrays of this host along their first axis over all devices, of which there are `devices`
+      (`Engine.put_rows`).
 
     Raises:
       StatedError: no image decodes and has a class.
@@ -112,7 +113,7 @@ def evaluate_classifier(
             images[at], labels[at] = rows["image"], rows["label"]
             index = indices[number * own : (number + 1) * own]
             labels[index >= len(source)] = -1
-            images, labels, index = put((images, labels, index.astype(np.int32)))
+            images, labels, index = put_rows((images, labels, index.astype(np.int32)))
             scores = _evaluate_batch(params, images, jnp.maximum(labels, 0), config.classifier, config.augment)
             found.append(tuple(map(_gather, (*scores, labels, index))))
     rank, predicted, loss, label, index = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))

@@ -89,8 +89,8 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
     message = print if hosts.first else lambda text: None
     with memory_errors(config):
         engine = build_engine(config, run_length(config, len(val)))
-        state = start_from(init, engine.begin(lambda: init_state(config)), config, message, whole=True)
-        outcomes = evaluate_classifier(state.params, val, config, engine.rows, len(engine.devices), hosts)
+        state = start_from(init, engine.init_state(lambda: init_state(config)), config, message, whole=True)
+        outcomes = evaluate_classifier(state.params, val, config, engine.put_rows, len(engine.devices), hosts)
     if hosts.first:
         write_mistakes(folder, outcomes, 0, val, config)
     return outcomes
@@ -139,7 +139,9 @@ class Evaluations:
         """Score every head; write a row, and keep the best head where it is the best so far."""
         config = self._config
         params = state.params if state.average is None else state.average
-        outcomes = evaluate_classifier(params, self._val, config, run.engine.rows, len(run.engine.devices), run.hosts)
+        outcomes = evaluate_classifier(
+            params, self._val, config, run.engine.put_rows, len(run.engine.devices), run.hosts
+        )
         top1, top5, loss = outcomes.top(1), outcomes.top(5), outcomes.loss.mean(axis=1)
         head = int(np.argmax(top1))
         row = {"top1": float(top1[head]), "top5": float(top5[head]), "evaluation_loss": float(loss[head])}

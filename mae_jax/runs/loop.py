@@ -150,7 +150,7 @@ class Loop:
             self.window = Window()
             for batch in self._timed(iter(batches)):
                 self.broken.update(batch["broken"])
-                rows = run.engine.put(self._rows(batch))  # on its way while earlier steps are computed
+                rows = run.engine.put_batch(self._rows(batch))  # on its way while earlier steps are computed
                 in_flight.wait()
 
                 # A stop comes before the next step is given out, and not before there is one to save.

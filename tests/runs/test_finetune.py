@@ -45,7 +45,7 @@ def test_the_best_running_average_is_kept_and_read(config, tmp_path):
     assert step == expected["step"]
     resolved, _, val = open_data(best)
     engine = build_engine(resolved, run_length(resolved, len(val)))
-    found = evaluate_classifier(params, val, resolved, engine.rows, 1, Hosts())
+    found = evaluate_classifier(params, val, resolved, engine.put_rows, 1, Hosts())
     assert found.top(1)[0] == expected["top1"]
     if step == 4:
         newest = load_classifier(tmp_path / "run")[1]

@@ -96,8 +96,8 @@ memory, engine = measure(config)
 images = np.zeros((config.batch_size, 64, 64, 3), np.uint8)
 positions = np.arange(config.batch_size, dtype=np.uint32)
 def step():
-    state = engine.begin(lambda: init_state(config))
-    jax.block_until_ready(engine.step(state, engine.put(Batch(images, positions))))
+    state = engine.init_state(lambda: init_state(config))
+    jax.block_until_ready(engine.step(state, engine.put_batch(Batch(images, positions))))
 step()  # compiled
 import ctypes, gc
 gc.collect(); ctypes.CDLL(None).malloc_trim(0)
