@@ -13,7 +13,7 @@ from mae_jax.data.sources.split import split_for_training
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, evaluate_classifier, write_mistakes
 from mae_jax.files import local_path
-from mae_jax.hosts import Hosts
+from mae_jax.hosts import ALONE, Hosts
 from mae_jax.models import Params
 from mae_jax.runs.initial import start_from
 from mae_jax.runs.loop import Finished, TrainingRun
@@ -25,7 +25,6 @@ from mae_jax.storage.workdir import checkpoint_folders, make_writable, unwritabl
 from mae_jax.train.build import build_engine, run_length
 from mae_jax.train.step import TrainState, init_state
 
-ALONE = Hosts()
 EVALUATED = "evaluated"  # beside what a run in the same folder has drawn
 
 
