@@ -1,6 +1,5 @@
 """Scores of a classifier, its confusion matrix, and the images that it predicts worst."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -103,7 +102,7 @@ def evaluate_classifier(
     found: list[tuple[np.ndarray, ...]] = []
     crop, workers = config.augment.evaluation_crop, config.workers
     read = evaluation_batches(share, model.image_hw, model.in_channels, own, share=crop, workers=workers)
-    with contextlib.closing(read) as batches:
+    with read as batches:
         for number, rows in enumerate(batches):
             # Rows of images that do not decode are missing here, and stay black with label -1: hosts must agree on the
             # shape of a batch whatever they could read.
