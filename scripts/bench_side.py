@@ -1,4 +1,4 @@
-"""One side of the benchmark, in a process of its own: scripts/bench_step.py starts it and asks it for steps.
+"""Time one side of the benchmark, in a process of its own: scripts/bench_step.py starts it and asks it for steps.
 
     python scripts/bench_side.py torch --model digits --batch 16      # then a number of steps on each line of input
 

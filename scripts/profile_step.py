@@ -1,4 +1,4 @@
-"""Where a training step's time goes, by operation, as text.
+"""Print where a training step's time goes, by operation.
 
     python scripts/profile_step.py --model vit_large_patch16 --batch 256 --dtype bfloat16 > profile.txt
 
