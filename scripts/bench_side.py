@@ -50,7 +50,7 @@ def jax_side(arguments: argparse.Namespace) -> ReadyStep:
 
     use(arguments.device)
     config = config_of(arguments)
-    process.settle(config.model, config.batch_size)
+    process.set_up(config.model, config.batch_size)
     import jax
 
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")

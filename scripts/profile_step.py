@@ -51,7 +51,7 @@ def main() -> None:
     from mae_jax.cli import process
 
     use(arguments.device)
-    process.settle(config.model, config.batch_size)
+    process.set_up(config.model, config.batch_size)
     import jax
 
     from mae_jax.bench.step import check_device, ready_step

@@ -36,7 +36,7 @@ def _adopt(config: FinetuneConfig, init: str) -> FinetuneConfig:
 def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], FinetuneConfig]]) -> int:
     flags = read_flags(args, prog, FinetuneFlags, presets, _adopt)
     config = plain(flags, FinetuneConfig)
-    process.settle(config.model, config.batch_size // config.accumulate)
+    process.set_up(config.model, config.batch_size // config.accumulate)
     prepare_jax(config.model.dtype, hosts_may_join=True)
     from mae_jax.data.images.decode import prepare_decoder
     from mae_jax.hosts import joined

@@ -15,7 +15,7 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     # In this order: malloc and XLA's flags before JAX is imported, float64 before its first array, the cache before
     # anything is compiled.
     config = read_flags(args, prog, PretrainConfig, PRESETS)
-    process.settle(config.model, config.batch_size // config.accumulate)
+    process.set_up(config.model, config.batch_size // config.accumulate)
     prepare_jax(config.model.dtype, hosts_may_join=True)
     from mae_jax.data.images.decode import prepare_decoder
     from mae_jax.hosts import joined

@@ -35,8 +35,8 @@ KEPT_BYTES = 2**30  # of compiled programs; those not used for longest go first
 SEVERAL_BLOCKS = "(?s)Error writing persistent compilation cache entry.*Multiple temp buffer allocations"
 
 
-def settle(model: "ModelConfig", batch_size: int) -> None:
-    """Prepare a process that has the CPU alone for steps of this size; JAX is not imported yet.
+def set_up(model: "ModelConfig", batch_size: int) -> None:
+    """Set up malloc and XLA for steps of this size where the CPU is alone; JAX is not imported yet.
 
     Through `mae-jax pretrain`, its pipeline included, a step of mnist_tutorial (batch 128) takes two thirds of the CPU
     time and no page faults in place of 20,000.

@@ -109,7 +109,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     What the command line sets for its own process is left out, and its handlers of signals are undone.
     """
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(process, "settle", lambda *_: None)
+    monkeypatch.setattr(process, "set_up", lambda *_: None)
     monkeypatch.setattr(process, "keep_programs", lambda: None)
     monkeypatch.setattr(decode, "prepare_decoder", lambda: None)
 

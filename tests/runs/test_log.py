@@ -1,4 +1,4 @@
-"""metrics.jsonl across restarts, and what is said on the way."""
+"""metrics.jsonl across restarts, and what is reported on the way."""
 
 import contextlib
 import errno
@@ -157,7 +157,7 @@ def test_nobody_to_report_to_is_no_reason_to_end(tmp_path, monkeypatch, name, st
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
-def test_a_full_disk_is_said_in_a_sentence(tmp_path):
+def test_a_full_disk_is_reported_in_a_sentence(tmp_path):
     """/dev/full takes nothing."""
     with RunLog(tmp_path, 0, 3) as log:
         log._file.close()
