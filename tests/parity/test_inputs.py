@@ -254,7 +254,7 @@ MISTAKES = [
 
 
 def departures(reference: Reference, stage: Callable) -> list[Comparison]:
-    (results,) = run(reference, [stage.__name__])
+    (results,) = run([reference], [stage.__name__])
     return [result for result in results if not result.passed]
 
 
