@@ -108,6 +108,9 @@ class Hosts:
                 time.sleep(LINGER)
 
 
+ALONE = Hosts()
+
+
 def _report(text: str) -> None:
     print(f"mae-jax: {text}", file=sys.stderr, flush=True)
 
@@ -134,7 +137,7 @@ def joined(config: Run) -> Iterator[Hosts]:
     several = joining is not None and _join(joining)
     check_platform()
     if not several:
-        yield Hosts()
+        yield ALONE
         return
     hosts = Hosts(jax.process_index(), jax.process_count())
     try:

@@ -283,8 +283,8 @@ class Ours:
 
         greys = np.broadcast_to(np.arange(len(self.bytes[0]), dtype=np.uint8)[:, None, None, None], self.bytes[0].shape)
         engine = self.engine()
-        state = engine.place(self.first_state({"none": jnp.zeros(())}))
-        batch = engine.put(objective.Batch(jnp.asarray(greys), jnp.asarray(self.positions[0])))
+        state = engine.put_state(self.first_state({"none": jnp.zeros(())}))
+        batch = engine.put_batch(objective.Batch(jnp.asarray(greys), jnp.asarray(self.positions[0])))
         with nn.intercept_methods(spy):
             jax.block_until_ready(engine.step(state, batch))
         jax.effects_barrier()
@@ -297,10 +297,10 @@ class Ours:
         AdamW's first moment after one update is (1 - beta1) times the gradient that the devices agreed on.
         """
         engine = self.engine()
-        state, metrics, gradients = engine.place(self.first_state(self.params)), [], {}
+        state, metrics, gradients = engine.put_state(self.first_state(self.params)), [], {}
         for step in range(STEPS):
             batch = objective.Batch(jnp.asarray(self.bytes[step]), jnp.asarray(self.positions[step]))
-            state, measured = engine.step(state, engine.put(batch))
+            state, measured = engine.step(state, engine.put_batch(batch))
             metrics.append(jax.device_get(measured))
             if step == 0:
                 moments = optax.tree_utils.tree_get(state.optimizer, "mu")

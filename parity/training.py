@@ -230,11 +230,11 @@ def accumulation(ours: Ours, reference: Reference) -> Pairs:
             replace(config, engine=name, devices=min(2, len(jax.local_devices()))),
             build.Length(count, STEPS_PER_EPOCH, EPOCHS),
         )
-        state = engine.place(ours.first_state(ours.params)._replace(average=None))
+        state = engine.put_state(ours.first_state(ours.params)._replace(average=None))
         losses = []
         for step in range(count):
             batch = objective.Batch(ours.bytes[step], ours.positions[step])
-            state, metrics = engine.step(state, engine.put(batch))
+            state, metrics = engine.step(state, engine.put_batch(batch))
             losses.append(jax.device_get(metrics.loss))
         stage = f"accumulation, {name}"
         yield Pair(stage, "losses", np.array(losses), np.array(theirs.losses), "training")

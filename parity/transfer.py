@@ -97,9 +97,9 @@ class Transfer:
         copies = {"params": jax.tree.map(jnp.copy, params)}
         if self.config.optim.ema_decay is not None:
             copies["average"] = jax.tree.map(jnp.copy, params)
-        state, metrics = engine.place(begun._replace(**copies)), []
+        state, metrics = engine.put_state(begun._replace(**copies)), []
         for step in range(STEPS):
-            state, measured = engine.step(state, engine.put(self.batch(step)))
+            state, measured = engine.step(state, engine.put_batch(self.batch(step)))
             metrics.append(jax.device_get(measured))
         return metrics, jax.device_get(state.params), jax.device_get(state.average)
 

@@ -143,7 +143,7 @@ class Tiled:
 
 
 class Labelled(Tiled):
-    """Gives the index of each image as its label, and nothing else."""
+    """A sample that gives the index of each image as its label, and nothing else."""
 
     def __init__(self, tiled: Tiled) -> None:
         super().__init__(tiled)

@@ -1,4 +1,4 @@
-"""The whole GPU table in one command: this project beside PyTorch, batches, mask tokens, memory, compilation, profiles.
+"""Make the whole GPU table: this project beside PyTorch, batches, mask tokens, memory, compilation, profiles.
 
     python scripts/bench_gpu.py --out gpu_table --minutes 5      # again, until nothing is left
 

@@ -1,4 +1,4 @@
-"""One side of the benchmark, in a process of its own: scripts/bench_step.py starts it and asks it for steps.
+"""Time one side of the benchmark, in a process of its own: scripts/bench_step.py starts it and asks it for steps.
 
     python scripts/bench_side.py torch --model digits --batch 16      # then a number of steps on each line of input
 
@@ -50,7 +50,7 @@ def jax_side(arguments: argparse.Namespace) -> ReadyStep:
 
     use(arguments.device)
     config = config_of(arguments)
-    process.settle(config.model, config.batch_size)
+    process.set_up(config.model, config.batch_size)
     import jax
 
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")

@@ -114,7 +114,7 @@ def pretrain_torch(config: PretrainConfig, folder: Path) -> None:
 def score(config: FinetuneConfig) -> float:
     """Train a classifier, and return its top-1 at the end."""
     from mae_jax.runs.finetune import finetune
-    from mae_jax.runs.log import read_metrics
+    from mae_jax.runs.metrics import read_metrics
 
     finished = finetune(config)
     if finished.signal is not None:
@@ -189,7 +189,7 @@ def plot(losses: dict[str, list[float]], out: Path) -> None:
 
 def main(arguments: Arguments) -> None:
     """Compare with all seeds; the table is written anew after each."""
-    from mae_jax.runs.log import read_metrics
+    from mae_jax.runs.metrics import read_metrics
     from mae_jax.runs.pretrain import pretrain
 
     rows = []

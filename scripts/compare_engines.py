@@ -83,11 +83,11 @@ def train(case: Case, precision: str) -> tuple[Any, Any]:
         fsdp=case.ways,
     )
     engine = build_engine(config, Length(STEPS, 4.0, 10.0))
-    rng, state, losses, gradients = np.random.default_rng(0), engine.begin(lambda: init_state(config)), [], None
+    rng, state, losses, gradients = np.random.default_rng(0), engine.init_state(lambda: init_state(config)), [], None
     for step in range(STEPS):
         images = rng.integers(0, 256, (32, 8, 8, 1), np.uint8)
         positions = np.arange(32 * step, 32 * (step + 1), dtype=np.uint32)
-        state, metrics = engine.step(state, engine.put(Batch(images, positions)))
+        state, metrics = engine.step(state, engine.put_batch(Batch(images, positions)))
         losses.append(float(metrics.loss))
         if step == 0:
             gradients = first_gradients(state.optimizer, config.optim.beta1)

@@ -1,4 +1,4 @@
-"""How the scripts end: with the exit codes and sentences of `mae-jax`."""
+"""Let the scripts end with the exit codes and sentences of `mae-jax`."""
 
 import signal
 import sys

@@ -125,7 +125,7 @@ class Skipped(Exception):
 
 
 def terminated(trial: Trial) -> None:
-    """SIGTERM."""
+    """Send SIGTERM."""
     trial.start()
     trial.at_step()
     trial.process.terminate()
@@ -133,7 +133,7 @@ def terminated(trial: Trial) -> None:
 
 
 def killed(trial: Trial) -> None:
-    """SIGKILL."""
+    """Send SIGKILL."""
     trial.start()
     trial.at_step()
     trial.process.kill()
@@ -141,7 +141,7 @@ def killed(trial: Trial) -> None:
 
 
 def killed_in_a_save(trial: Trial) -> None:
-    """SIGKILL while a checkpoint is being written."""
+    """Send SIGKILL while a checkpoint is being written."""
     trial.start()
     trial.at_step()
     folder = trial.workdir / "checkpoints"
@@ -153,7 +153,7 @@ def killed_in_a_save(trial: Trial) -> None:
 
 
 def cut_short(trial: Trial) -> None:
-    """SIGKILL, and the largest file of the newest checkpoint loses its second half."""
+    """Send SIGKILL, and cut off the second half of the largest file of the newest checkpoint."""
     trial.start()
     trial.at_step()
     trial.process.kill()
@@ -164,7 +164,7 @@ def cut_short(trial: Trial) -> None:
 
 
 def power_cut(trial: Trial) -> None:
-    """SIGKILL, and of a young checkpoint there are names without contents, of the rows one that is cut short."""
+    """Send SIGKILL, empty the files of the newest checkpoint, and end the rows in zeros, as a power cut may."""
     trial.start()
     trial.at_step()
     trial.process.kill()
@@ -178,7 +178,7 @@ def power_cut(trial: Trial) -> None:
 
 
 def second_process(trial: Trial) -> None:
-    """A second process in the same folder is refused, also where the first is stopped; that goes on to its end."""
+    """Start a second process in the same folder: refused, also where the first is stopped; that goes on to its end."""
     trial.start()
     trial.at_step()
     trial.process.send_signal(signal.SIGSTOP)
@@ -190,7 +190,7 @@ def second_process(trial: Trial) -> None:
 
 
 def full_disk(trial: Trial) -> None:
-    """No space left for a while: where no disk may be mounted, no file of the run may grow."""
+    """Leave no space for a while: where no disk may be mounted, no file of the run may grow."""
     try:
         with disk(trial.workdir, "tmpfs", "size=64m"):
             trial.start()
@@ -206,7 +206,7 @@ def full_disk(trial: Trial) -> None:
 
 
 def full_ext4(trial: Trial) -> None:
-    """The same on ext4."""
+    """Leave no space for a while on ext4."""
     with disk(trial.workdir, "ext4"):
         trial.start()
         trial.at_step()
@@ -215,7 +215,7 @@ def full_ext4(trial: Trial) -> None:
 
 
 def full_in_a_save(trial: Trial) -> None:
-    """No space left while a checkpoint is being written."""
+    """Leave no space while a checkpoint is being written."""
     with disk(trial.workdir, "tmpfs", "size=64m"):
         trial.start()
         trial.at_step()
@@ -229,7 +229,7 @@ def full_in_a_save(trial: Trial) -> None:
 
 
 def no_inodes(trial: Trial) -> None:
-    """No file can be made for a while."""
+    """Leave no inodes for a while, so that no file can be made."""
     with disk(trial.workdir, "ext4"):
         trial.start()
         trial.at_step()
@@ -243,7 +243,7 @@ def no_inodes(trial: Trial) -> None:
 
 
 def mounted_read_only(trial: Trial) -> None:
-    """The disk goes read-only underneath, as the kernel does with one that fails."""
+    """Mount the disk read-only under the run, as the kernel does with one that fails."""
     with disk(trial.workdir, "ext4"):
         trial.start()
         trial.at_step()
@@ -302,7 +302,7 @@ def disk(workdir: Path, kind: str, *options: str) -> Iterator[None]:
 
 
 def read_only(trial: Trial) -> None:
-    """The folder can be read alone, for a while."""
+    """Take away the permission to write into the folder, for a while."""
     trial.start(sys.executable, "-c", OBEY_PERMISSIONS)
     trial.at_step()
     folders = [trial.workdir, *(path for path in trial.workdir.rglob("*") if path.is_dir())]
@@ -322,7 +322,7 @@ FAULTS = [
 
 
 def outcome(workdir: Path) -> tuple[dict[int, tuple[float, float]], dict[str, int], list[bytes]]:
-    """Loss and gradient norm by step; the fingerprint of each array of the final state; the final parameters.
+    """Read loss and gradient norm by step, the fingerprint of each array of the final state, the final parameters.
 
     Raises:
       AssertionError: a step stands twice, or is missing.
@@ -345,7 +345,7 @@ def outcome(workdir: Path) -> tuple[dict[int, tuple[float, float]], dict[str, in
 
 
 def survive(trial: Trial, fault: Callable[[Trial], None], expected: tuple) -> None:
-    """One trial.
+    """Let a fault happen to a run, start the run again, and compare it with one that was never stopped.
 
     Raises:
       Missed: the fault came too late.

@@ -1,4 +1,4 @@
-"""What XLA makes of a training step for a GPU, on a machine that has none: memory, bytes moved, compilation.
+"""Compile a training step for a GPU on a machine that has none, and print its memory and the bytes that it moves.
 
     pip install "jax[cuda12]"       # the compiler; neither a driver nor a GPU is needed
     python scripts/plan_gpu.py --gpu h200 --model vit_huge_patch14 --batch 256 --attention cudnn

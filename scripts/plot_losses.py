@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
-from mae_jax.runs.log import read_metrics
+from mae_jax.runs.metrics import read_metrics
 
 
 def main(run: str, out: str) -> None:

@@ -1,4 +1,4 @@
-"""Where a training step's time goes, by operation, as text.
+"""Print where a training step's time goes, by operation.
 
     python scripts/profile_step.py --model vit_large_patch16 --batch 256 --dtype bfloat16 > profile.txt
 
@@ -51,7 +51,7 @@ def main() -> None:
     from mae_jax.cli import process
 
     use(arguments.device)
-    process.settle(config.model, config.batch_size)
+    process.set_up(config.model, config.batch_size)
     import jax
 
     from mae_jax.bench.step import check_device, ready_step

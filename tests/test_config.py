@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mae_jax.config import (
@@ -44,6 +44,10 @@ REFUSED = {
     "patch larger than the image": (
         lambda: ModelConfig(image_size=8, patch_size=16),
         ("image_size 8", "patch_size 16", "4, 8"),
+    ),
+    "an image too large to look through": (
+        lambda: ModelConfig(image_size=10**12, patch_size=7),
+        ("image_size 1000000000000", "patch_size 7", "5, 8"),
     ),
     "no patch": (lambda: ModelConfig(patch_size=0), ("patch_size 0", "image_size 224")),
     "negative image": (lambda: ModelConfig(image_size=-16), ("patch_size 16", "image_size -16")),
@@ -218,6 +222,14 @@ def test_only_patches_that_tile_the_image_are_accepted(image, patch):
     with suppress(ValueError):
         built = model(image, patch, mask_ratio=0.5)
     assert (built is not None) == (tiles and enough)
+
+
+@given(image=st.integers(1, 3000), patch=st.integers(1, 4000))
+def test_the_patches_that_a_refusal_names_are_the_nearest_that_divide(image, patch):
+    assume(image % patch)
+    nearest = sorted((p for p in range(1, image + 1) if image % p == 0), key=lambda p: abs(p - patch))[:2]
+    with pytest.raises(ValueError, match=rf"nearest that divide {image}: {', '.join(map(str, sorted(nearest)))}\)"):
+        ModelConfig(image_size=image, patch_size=patch)
 
 
 @given(stride=st.integers(2, 5), rows=st.integers(1, 4), columns=st.integers(1, 4))

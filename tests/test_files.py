@@ -50,7 +50,7 @@ def test_a_file_and_its_name_are_on_the_disk(tmp_path, monkeypatch):
     assert order == [str(tmp_path / "inner"), str(tmp_path / "words.txt"), str(tmp_path)]
 
 
-def test_a_read_only_disk_is_said_in_a_sentence(tmp_path, monkeypatch):
+def test_a_read_only_disk_is_reported_in_a_sentence(tmp_path, monkeypatch):
     """There, to remove what is not there fails too."""
     monkeypatch.setattr(Image.Image, "save", failing(errno.EROFS))
     monkeypatch.setattr(Path, "unlink", failing(errno.EROFS))
@@ -58,7 +58,7 @@ def test_a_read_only_disk_is_said_in_a_sentence(tmp_path, monkeypatch):
         save_picture(Image.new("RGB", (4, 4)), tmp_path / "a.png")
 
 
-def test_an_ending_that_names_no_kind_of_picture_is_said(tmp_path):
+def test_an_ending_that_names_no_kind_of_picture_is_reported(tmp_path):
     with refused("sheet", "a.nothing cannot be written: unknown file extension"):
         save_picture(Image.new("RGB", (4, 4)), tmp_path / "a.nothing", "sheet")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The rooms of the project: every import goes down, lazy ones included, and none goes round."""
+"""The layers of the project: every import goes down, lazy ones included, and none goes round."""
 
 import ast
 import graphlib
@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the top to the bottom. A file imports from its own room and from those below it.
-ROOMS = (
+# From the top to the bottom. A file imports from its own layer and from those below it.
+LAYERS = (
     "parity",
     "mae_jax.cli",
     "mae_jax.bench",
@@ -57,33 +57,33 @@ def imports(file: Path, known: dict[str, Path]) -> Iterator[str]:
                 yield node.module
 
 
-def room(module: str) -> str:
-    """The room that a module stands in."""
-    return next((name for name in ROOMS if module == name or module.startswith(f"{name}.")), module)
+def layer(module: str) -> str:
+    """The layer that a module stands in."""
+    return next((name for name in LAYERS if module == name or module.startswith(f"{name}.")), module)
 
 
 MODULES = modules()
 IMPORTS = {name: sorted(set(imports(file, MODULES))) for name, file in MODULES.items()}
 
 
-def test_every_module_has_a_room():
-    assert {room(name) for name in MODULES} == {*ROOMS, FACADE}
+def test_every_module_has_a_layer():
+    assert {layer(name) for name in MODULES} == {*LAYERS, FACADE}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != FACADE])
 def test_imports_only_go_down(module):
-    place = ROOMS.index(room(module))
+    place = LAYERS.index(layer(module))
     up = [
         found
         for found in IMPORTS[module]
-        if found != FACADE and ROOMS.index(room(found)) < place and (module, room(found)) not in EXCEPTIONS
+        if found != FACADE and LAYERS.index(layer(found)) < place and (module, layer(found)) not in EXCEPTIONS
     ]
     assert not up, f"{module} imports {up}, which stand above it"
 
 
 def test_no_import_goes_round():
     downwards = {name: [found for found in found_in if found != FACADE] for name, found_in in IMPORTS.items()}
-    downwards["mae_jax.port.verify"] = [name for name in downwards["mae_jax.port.verify"] if room(name) != "parity"]
+    downwards["mae_jax.port.verify"] = [name for name in downwards["mae_jax.port.verify"] if layer(name) != "parity"]
     try:
         graphlib.TopologicalSorter(downwards).prepare()
     except graphlib.CycleError as error:

@@ -46,8 +46,8 @@ def ready_step(config: PretrainConfig) -> ReadyStep:
         config.batch_size,
         config.accumulate,
     )
-    batch = engine.put(Batch(pixels(config), np.arange(config.batch_size, dtype=np.uint32)))
-    state = engine.begin(lambda: init_state(config))
+    batch = engine.put_batch(Batch(pixels(config), np.arange(config.batch_size, dtype=np.uint32)))
+    state = engine.init_state(lambda: init_state(config))
     began = time.perf_counter()
     compiled = engine.step.lower(state, batch).compile()  # type: ignore[attr-defined]
     seconds = time.perf_counter() - began

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from mae_jax.cli.process import end_by_exception
+from mae_jax.cli.signals import end_by_exception
 from mae_jax.errors import StatedError
 
 Command = Callable[[Sequence[str], str], int]  # flags and the program's name to an exit code

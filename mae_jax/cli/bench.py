@@ -40,7 +40,7 @@ def bench(
 
     if len(batches) == 1 and mask_tokens != "both":  # else in the processes that time, which inherit the environment
         timed = bench_config(model, batches[0], dtype, mask_tokens == "encoder", remat, attention)
-        process.settle(timed.model, timed.batch_size)
+        process.set_up(timed.model, timed.batch_size)
     prepare_jax(dtype)
     from mae_jax.bench.run import rows, show
 

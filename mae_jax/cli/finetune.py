@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mae_jax.cli import process
 from mae_jax.cli.flags import end_run, plain, prepare_jax, read_flags
+from mae_jax.cli.signals import stop_on_signals
 from mae_jax.config import FinetuneConfig
 from mae_jax.presets.transfer import FINETUNE, PROBE
 
@@ -35,7 +36,7 @@ def _adopt(config: FinetuneConfig, init: str) -> FinetuneConfig:
 def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], FinetuneConfig]]) -> int:
     flags = read_flags(args, prog, FinetuneFlags, presets, _adopt)
     config = plain(flags, FinetuneConfig)
-    process.settle(config.model, config.batch_size // config.accumulate)
+    process.set_up(config.model, config.batch_size // config.accumulate)
     prepare_jax(config.model.dtype, hosts_may_join=True)
     from mae_jax.data.images.decode import prepare_decoder
     from mae_jax.hosts import joined
@@ -45,7 +46,7 @@ def _train(args: Sequence[str], prog: str, presets: Mapping[str, Callable[[], Fi
     prepare_decoder()
     with joined(config) as hosts:
         if not flags.eval_only:
-            with process.stop_on_signals(hosts.count > 1) as stop:
+            with stop_on_signals(hosts.count > 1) as stop:
                 finished = finetune(config, hosts, stop)
             return end_run(finished, args, prog)
         outcomes = evaluate(config, hosts)

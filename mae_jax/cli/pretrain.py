@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mae_jax.cli import process
 from mae_jax.cli.flags import end_run, prepare_jax, read_flags
+from mae_jax.cli.signals import stop_on_signals
 
 
 def pretrain(args: Sequence[str], prog: str) -> int:
@@ -14,7 +15,7 @@ def pretrain(args: Sequence[str], prog: str) -> int:
     # In this order: malloc and XLA's flags before JAX is imported, float64 before its first array, the cache before
     # anything is compiled.
     config = read_flags(args, prog, PretrainConfig, PRESETS)
-    process.settle(config.model, config.batch_size // config.accumulate)
+    process.set_up(config.model, config.batch_size // config.accumulate)
     prepare_jax(config.model.dtype, hosts_may_join=True)
     from mae_jax.data.images.decode import prepare_decoder
     from mae_jax.hosts import joined
@@ -22,6 +23,6 @@ def pretrain(args: Sequence[str], prog: str) -> int:
 
     process.keep_programs()
     prepare_decoder()
-    with joined(config) as hosts, process.stop_on_signals(hosts.count > 1) as stop:
+    with joined(config) as hosts, stop_on_signals(hosts.count > 1) as stop:
         finished = pretrain(config, hosts, stop)
     return end_run(finished, args, prog)

@@ -28,6 +28,12 @@ def _height_width(size: Size) -> tuple[int, int]:
     return size[0], size[1]
 
 
+def _divisors(size: int) -> list[int]:
+    """List the divisors of a side in order; of more than 10^8 pixels only those below 10^4 and their cofactors."""
+    small = [divisor for divisor in range(1, min(math.isqrt(size), 10**4) + 1) if size % divisor == 0]
+    return sorted({*small, *(size // divisor for divisor in small)})
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """A stack of pre-norm blocks (He et al. 2021, section 3; Dosovitskiy et al. 2020)."""
@@ -86,7 +92,7 @@ class ModelConfig:
             if patch <= 0 or size <= 0:
                 raise ValueError(f"image_size {self.image_size} and patch_size {self.patch_size} must be positive")
             if size % patch:
-                nearest = sorted((p for p in range(1, size + 1) if size % p == 0), key=lambda p: abs(p - patch))[:2]
+                nearest = sorted(_divisors(size), key=lambda divisor: abs(divisor - patch))[:2]
                 raise ValueError(
                     f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size} "
                     f"(nearest that divide {size}: {', '.join(map(str, sorted(nearest)))})"

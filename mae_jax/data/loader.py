@@ -40,7 +40,7 @@ def default_readers(in_memory: bool) -> int:
 
 
 class _Closed:
-    """What is closed at the end of a `with`."""
+    """What closes itself at the end of a `with`; contextlib.closing only wraps what something else has made."""
 
     def close(self) -> None:
         raise NotImplementedError

@@ -1,6 +1,5 @@
 """Scores of a classifier, its confusion matrix, and the images that it predicts worst."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -81,13 +80,14 @@ def evaluate_classifier(
     params: Params,
     source: Source,
     config: FinetuneConfig,
-    put: Callable[[Any], Any],
+    put_rows: Callable[[Any], Any],
     devices: int,
     hosts: Hosts,
 ) -> Outcomes:
     """Evaluate a classifier on centre crops of every image of a source; on several hosts each reads its own share.
 
-    put: lays rows of this host out over all devices, of which there are `devices`.
+    put_rows: cuts arrays of this host along their first axis over all devices, of which there are `devices`
+      (`Engine.put_rows`).
 
     Raises:
       StatedError: no image decodes and has a class.
@@ -102,7 +102,7 @@ def evaluate_classifier(
     found: list[tuple[np.ndarray, ...]] = []
     crop, workers = config.augment.evaluation_crop, config.workers
     read = evaluation_batches(share, model.image_hw, model.in_channels, own, share=crop, workers=workers)
-    with contextlib.closing(read) as batches:
+    with read as batches:
         for number, rows in enumerate(batches):
             # Rows of images that do not decode are missing here, and stay black with label -1: hosts must agree on the
             # shape of a batch whatever they could read.
@@ -112,7 +112,7 @@ def evaluate_classifier(
             images[at], labels[at] = rows["image"], rows["label"]
             index = indices[number * own : (number + 1) * own]
             labels[index >= len(source)] = -1
-            images, labels, index = put((images, labels, index.astype(np.int32)))
+            images, labels, index = put_rows((images, labels, index.astype(np.int32)))
             scores = _evaluate_batch(params, images, jnp.maximum(labels, 0), config.classifier, config.augment)
             found.append(tuple(map(_gather, (*scores, labels, index))))
     rank, predicted, loss, label, index = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))

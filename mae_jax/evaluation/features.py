@@ -1,6 +1,5 @@
 """Features of whole images, where no patch is hidden, and the files that hold them."""
 
-import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -215,9 +214,8 @@ def source_features(
     values = np.empty((len(source), model.encoder.width), np.float32)
     labels, broken, done = [np.empty(0, np.int32)], [np.empty(0, np.int64)], 0
     share = augment.evaluation_crop
-    with contextlib.closing(
-        evaluation_batches(source, model.image_hw, model.in_channels, batch_size, share=share, workers=workers)
-    ) as batches:
+    read = evaluation_batches(source, model.image_hw, model.in_channels, batch_size, share=share, workers=workers)
+    with read as batches:
         for batch in batches:
             images = batch["image"]
             filled = np.concatenate([images, np.zeros((batch_size - len(images), *images.shape[1:]), np.uint8)])

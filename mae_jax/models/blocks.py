@@ -16,7 +16,6 @@ from mae_jax.models.gradients import affine, attend, gelu, split_heads
 
 Tokens = Float[Array, "batch tokens width"]
 Survival = Float[Array, "batch 2"]  # what the two branches of a block are multiplied by, example by example
-Fused = BFloat16[Array, "batch tokens 3 heads head_dim"]  # query, key and value as one dense layer gives them
 Rows = BFloat16[Array, "batch tokens heads head_dim"]
 
 LAYER_NORM_EPS = 1e-6
@@ -75,7 +74,9 @@ class Attention(nn.Module):
         return Dense(width, self.dtype, name="proj")(mixed.reshape(batch, tokens - start, width))
 
 
-def fused_attend(fused: Fused, start: int = 0) -> BFloat16[Array, "batch tokens-{start} heads head_dim"]:
+def fused_attend(
+    fused: BFloat16[Array, "batch tokens 3 heads head_dim"], start: int = 0
+) -> BFloat16[Array, "batch tokens-{start} heads head_dim"]:
     """Compute softmax(q k^T / sqrt(head_dim)) v with cuDNN, from one dense layer's query, key and value.
 
     Queries are the tokens from `start` on, keys and values all of them.

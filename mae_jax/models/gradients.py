@@ -17,7 +17,7 @@ from mae_jax.config import Dtype, wide
 
 Queries = Float[Array, "batch heads queries head_dim"]
 Heads = Float[Array, "batch heads tokens head_dim"]
-Fused = Float[Array, "batch tokens 3 heads head_dim"]
+Fused = Float[Array, "batch tokens 3 heads head_dim"]  # query, key and value as one dense layer gives them
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -13,11 +13,11 @@ from mae_jax.data.sources.split import split_for_training
 from mae_jax.errors import StatedError
 from mae_jax.evaluation.classify import CONFUSION, WORST, Outcomes, evaluate_classifier, write_mistakes
 from mae_jax.files import local_path
-from mae_jax.hosts import Hosts
+from mae_jax.hosts import ALONE, Hosts
 from mae_jax.models import Params
 from mae_jax.runs.initial import start_from
-from mae_jax.runs.log import read_metrics
 from mae_jax.runs.loop import Finished, TrainingRun
+from mae_jax.runs.metrics import read_metrics
 from mae_jax.runs.run import memory_errors, run
 from mae_jax.runs.stop import StopRequest
 from mae_jax.storage.checkpoints import BEST, drop_later, save_best
@@ -25,7 +25,6 @@ from mae_jax.storage.workdir import checkpoint_folders, make_writable, unwritabl
 from mae_jax.train.build import build_engine, run_length
 from mae_jax.train.step import TrainState, init_state
 
-ALONE = Hosts()
 EVALUATED = "evaluated"  # beside what a run in the same folder has drawn
 
 
@@ -89,8 +88,8 @@ def evaluate(config: FinetuneConfig, hosts: Hosts = ALONE) -> Outcomes:
     message = print if hosts.first else lambda text: None
     with memory_errors(config):
         engine = build_engine(config, run_length(config, len(val)))
-        state = start_from(init, engine.begin(lambda: init_state(config)), config, message, whole=True)
-        outcomes = evaluate_classifier(state.params, val, config, engine.rows, len(engine.devices), hosts)
+        state = start_from(init, engine.init_state(lambda: init_state(config)), config, message, whole=True)
+        outcomes = evaluate_classifier(state.params, val, config, engine.put_rows, len(engine.devices), hosts)
     if hosts.first:
         write_mistakes(folder, outcomes, 0, val, config)
     return outcomes
@@ -139,7 +138,9 @@ class Evaluations:
         """Score every head; write a row, and keep the best head where it is the best so far."""
         config = self._config
         params = state.params if state.average is None else state.average
-        outcomes = evaluate_classifier(params, self._val, config, run.engine.rows, len(run.engine.devices), run.hosts)
+        outcomes = evaluate_classifier(
+            params, self._val, config, run.engine.put_rows, len(run.engine.devices), run.hosts
+        )
         top1, top5, loss = outcomes.top(1), outcomes.top(5), outcomes.loss.mean(axis=1)
         head = int(np.argmax(top1))
         row = {"top1": float(top1[head]), "top5": float(top5[head]), "evaluation_loss": float(loss[head])}

@@ -135,22 +135,20 @@ class Loop:
         """Run the steps from `start` to the end, or to a stop."""
         run, config, step, stopped = self.run, self.run.config, start, False
         in_flight = StepsInFlight(run.engine.in_flight)
-        with contextlib.closing(
-            training_batches(
-                run.source,
-                config,
-                start_step=start,
-                stop_step=run.length.steps,
-                process_index=run.hosts.index,
-                process_count=run.hosts.count,
-            )
+        with training_batches(
+            run.source,
+            config,
+            start_step=start,
+            stop_step=run.length.steps,
+            process_index=run.hosts.index,
+            process_count=run.hosts.count,
         ) as batches:
             self.stop.start(run.workdir, start + 1, run.hosts.count > 1)
             self.callback.start(run, start, state)
             self.window = Window()
             for batch in self._timed(iter(batches)):
                 self.broken.update(batch["broken"])
-                rows = run.engine.put(self._rows(batch))  # on its way while earlier steps are computed
+                rows = run.engine.put_batch(self._rows(batch))  # on its way while earlier steps are computed
                 in_flight.wait()
 
                 # A stop comes before the next step is given out, and not before there is one to save.

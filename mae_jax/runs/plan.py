@@ -63,9 +63,9 @@ def show_bytes(count: float) -> str:
     return f"{count / UNITS[unit]:.3g} {unit}"
 
 
-def bytes_a_device(shapes: Any, layout: Any) -> int:
+def bytes_a_device(shapes: Any, shardings: Any) -> int:
     """Count the bytes of arrays as they lie on one device."""
-    parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, layout)
+    parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
     return sum(jax.tree.leaves(parts))
 
 
@@ -81,8 +81,8 @@ def measure(config: PretrainConfig) -> tuple[Memory, MeshEngine]:
     engine = build_engine(config, Length(100, 10.0, 10.0))
     assert isinstance(engine, MeshEngine)
     shapes = state_shapes(config)
-    layout = engine.layout(shapes)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+    shardings = engine.shardings(shapes)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     rows, model = NamedSharding(engine.mesh, PartitionSpec((DATA, SHARD))), config.model
     on_device = config.crops == "device"  # whole images come in, squeezed into a square, and a box for each
     image_hw = (config.canvas, config.canvas) if on_device else model.image_hw
@@ -97,7 +97,7 @@ def measure(config: PretrainConfig) -> tuple[Memory, MeshEngine]:
     compiled = engine.step.lower(state, batch).compile()  # type: ignore[attr-defined]
     planned = compiled.memory_analysis()
     new = planned.output_size_in_bytes - planned.alias_size_in_bytes
-    params, whole = bytes_a_device(shapes.params, layout.params), bytes_a_device(shapes, layout)
+    params, whole = bytes_a_device(shapes.params, shardings.params), bytes_a_device(shapes, shardings)
     images = planned.argument_size_in_bytes - whole
     return Memory(params, whole - params, images, planned.temp_size_in_bytes + new), engine
 

@@ -10,14 +10,13 @@ from mae_jax.config import PretrainConfig
 from mae_jax.data.evaluation import load_samples
 from mae_jax.data.sources.source import Source, absolute, open_source
 from mae_jax.evaluation.reconstruct import draw, reconstruct, sample_noise
-from mae_jax.hosts import Hosts
+from mae_jax.hosts import ALONE, Hosts
 from mae_jax.models import Params
 from mae_jax.runs.loop import Finished, TrainingRun
 from mae_jax.runs.run import run
 from mae_jax.runs.stop import StopRequest
 from mae_jax.train.step import TrainState
 
-ALONE = Hosts()
 PICTURED = 8  # images in the pictures of reconstructions
 
 

@@ -43,7 +43,7 @@ def run(config: Run, source: Source, hosts: Hosts, callback: Callback, stop: Sto
         init = functools.partial(init_state, config)  # one object, which JAX traces once for its shapes and to run it
         shapes = jax.eval_shape(init)
         state = checkpoints.restore_latest(
-            shapes, engine.layout(shapes), warn=lambda text: print_line(f"WARNING: {text}")
+            shapes, engine.shardings(shapes), warn=lambda text: print_line(f"WARNING: {text}")
         )
         if state is None:
             state = first_state(config, source, engine, hosts, init)
@@ -71,7 +71,7 @@ def first_state(config: Run, source: Source, engine: Engine, hosts: Hosts, init:
             print_line(text)
 
     # What few runs need is imported by those that do.
-    state: TrainState = engine.begin(init)
+    state: TrainState = engine.init_state(init)
     if config.kind == "pretraining" and config.model.pca_components is not None:
         from mae_jax.runs.target import with_fitted_target  # noqa: PLC0415
 

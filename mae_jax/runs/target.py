@@ -3,7 +3,6 @@
 Fitted once, before the first step, to patches of the run's first crops, in float64 on the host.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -57,7 +56,7 @@ def sampled_patches(config: PretrainConfig, source: Source) -> Iterator[Sample]:
     """Sample PATCHES of each of the first CROPS of the training stream, as the model sees them."""
     left = CROPS
     stop = math.ceil(CROPS / config.batch_size)
-    with contextlib.closing(training_batches(source, config, stop_step=stop)) as batches:
+    with training_batches(source, config, stop_step=stop) as batches:
         for batch in batches:
             yield from _of_batch(batch, config, min(left, config.batch_size))
             left -= config.batch_size

@@ -32,7 +32,7 @@ from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 from mae_jax.config import FinetuneConfig, PretrainConfig, Run
 from mae_jax.errors import StatedError
 from mae_jax.files import Hold, read_json, sync, sync_tree, write_atomically
-from mae_jax.hosts import Hosts
+from mae_jax.hosts import ALONE, Hosts
 from mae_jax.models import Params
 from mae_jax.storage.checksums import HASHED, SUMMED, altered, file_checksums, fingerprint
 from mae_jax.storage.workdir import (
@@ -53,7 +53,6 @@ BROKEN = "broken-checkpoints"
 BEST = "best"
 CHECKSUMS = "checksums.json"
 INODES = 40  # files and folders of a checkpoint, on one host
-ALONE = Hosts()
 
 # Folders are made before a save goes on in the background. A thread that waits for one that cannot be made would
 # keep the process for 299 s.

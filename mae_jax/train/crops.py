@@ -27,9 +27,9 @@ def crop_images(
         pair: tuple[UInt8[Array, "height width channels"], Float[Array, "5"]],
     ) -> UInt8[Array, "rows columns channels"]:
         image, (left, top, right, bottom, flip) = pair
-        across = bicubic_weights(left, right, image.shape[1], image_hw[1])
+        across = box_weights(left, right, image.shape[1], image_hw[1])
         across = jnp.where(flip > 0, across[::-1], across)
-        down = bicubic_weights(top, bottom, image.shape[0], image_hw[0])
+        down = box_weights(top, bottom, image.shape[0], image_hw[0])
         # Float32 products: TPUs and GPUs would round bytes to bfloat16 or TF32.
         rows = jnp.einsum("ow,hwc->hoc", across, image.astype(jnp.float32), precision="highest")
         return _bytes(jnp.einsum("oh,hwc->owc", down, _bytes(rows).astype(jnp.float32), precision="highest"))
@@ -37,8 +37,8 @@ def crop_images(
     return jax.lax.map(one, (jnp.asarray(images), jnp.asarray(crops, jnp.float32)), batch_size=_AT_ONCE)
 
 
-def bicubic_weights(start: Float[Array, ""], stop: Float[Array, ""], size: int, out: int) -> Float[Array, "out size"]:
-    """Compute the weights of `size` pixels in each of the `out` that `start` to `stop` is resized to."""
+def box_weights(start: Float[Array, ""], stop: Float[Array, ""], size: int, out: int) -> Float[Array, "out size"]:
+    """Compute the bicubic weights of `size` pixels in each of the `out` that `start` to `stop` is resized to."""
     scale = (stop - start) / out
     widened = jnp.maximum(scale, 1)
     # Of an image that shrinks the kernel is widened, so that every pixel of it counts (antialiasing).

@@ -44,20 +44,20 @@ class Engine(Protocol):
     @property
     def in_flight(self) -> int: ...
 
-    def layout(self, tree: Any) -> Any:
-        """Return the sharding of each array of a state, or of shapes."""
+    def shardings(self, tree: Any) -> Any:
+        """Return the sharding of each array of a state, or of shapes, as a tree of the same structure."""
 
-    def place(self, state: Tree) -> Tree:
-        """Lay out a whole state that this host has."""
+    def put_state(self, state: Tree) -> Tree:
+        """Copy a state that this host holds whole to the devices, each array to its sharding."""
 
-    def begin(self, init: Callable[[], Tree]) -> Tree:
-        """Compute a state where it is to lie, so that no device ever holds more than its part."""
+    def init_state(self, init: Callable[[], Tree]) -> Tree:
+        """Compute the state that `init` returns directly in its shardings: no device ever holds more than its shard."""
 
-    def put(self, batch: Batch) -> Batch:
-        """Cut this host's rows of a batch over its devices for the step, and start the transfer."""
+    def put_batch(self, batch: Batch) -> Batch:
+        """Shard this host's rows of a batch over its devices for `step`, and start the transfer."""
 
-    def rows(self, arrays: Tree) -> Tree:
-        """Cut this host's rows of arrays over its devices along their first axis, for any compiled function."""
+    def put_rows(self, arrays: Tree) -> Tree:
+        """Shard this host's rows of arrays over its devices along their first axis, for any compiled function."""
 
 
 def choose_devices(count: int | None) -> list[jax.Device]:
@@ -146,28 +146,28 @@ class PmapEngine:
     def _sharding(self, *axes: str) -> NamedSharding:
         return NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec(*axes))
 
-    def layout(self, tree: Any) -> Any:
-        """Return a sharding that keeps each array whole on every device."""
+    def shardings(self, tree: Any) -> Any:
+        """Return the sharding that replicates an array on every device, for each array of a tree."""
         return jax.tree.map(lambda _: self._sharding(), tree)
 
-    def place(self, state: Tree) -> Tree:
-        """Put a whole state on every device."""
+    def put_state(self, state: Tree) -> Tree:
+        """Replicate a state on every device."""
         return jax.device_put(state, self._sharding())
 
-    def begin(self, init: Callable[[], Tree]) -> Tree:
-        """Compute a state on one device, as one program, and copy it to the others."""
-        return self.place(jax.jit(init)())
+    def init_state(self, init: Callable[[], Tree]) -> Tree:
+        """Compute the state that `init` returns on one device, as one program, and copy it to the others."""
+        return self.put_state(jax.jit(init)())
 
-    def put(self, batch: Batch) -> Batch:
-        """Cut a host's batch into one part a device and start the transfer.
+    def put_batch(self, batch: Batch) -> Batch:
+        """Shard a batch over the devices for `step`, and start the transfer.
 
         The parts are a first axis of their own, which pmap takes away: (devices, rows of one, ...).
         """
         count = len(self.devices)
-        return self.rows(jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch))
+        return self.put_rows(jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch))
 
-    def rows(self, arrays: Tree) -> Tree:
-        """Cut arrays over the devices."""
+    def put_rows(self, arrays: Tree) -> Tree:
+        """Shard arrays over the devices along their first axis."""
         return jax.device_put(arrays, self._sharding(AXIS))
 
 

@@ -64,30 +64,30 @@ class MeshEngine:
     def devices(self) -> list[jax.Device]:
         return list(self.mesh.devices.flat)
 
-    def layout(self, tree: Any) -> Any:
-        """Return the sharding of each array of a state, or of shapes."""
-        return layout(self.mesh, tree)
+    def shardings(self, tree: Any) -> Any:
+        """Return the sharding of each array of a state, or of shapes, as a tree of the same structure."""
+        return shardings(self.mesh, tree)
 
-    def place(self, state: Tree) -> Tree:
-        """Lay out a whole state that every host has."""
-        return jax.device_put(state, self.layout(state))
+    def put_state(self, state: Tree) -> Tree:
+        """Copy a state that every host holds whole to the devices, each array to its sharding."""
+        return jax.device_put(state, self.shardings(state))
 
-    def begin(self, init: Callable[[], Tree]) -> Tree:
-        """Compute a state where it is to lie: no device ever holds more than its part."""
-        return jax.jit(init, out_shardings=self.layout(jax.eval_shape(init)))()
+    def init_state(self, init: Callable[[], Tree]) -> Tree:
+        """Compute the state that `init` returns directly in its shardings: no device ever holds more than its shard."""
+        return jax.jit(init, out_shardings=self.shardings(jax.eval_shape(init)))()
 
-    def put(self, batch: Batch) -> Batch:
-        """Cut this host's rows of a batch over its devices for the step, and start the transfer."""
-        return self.rows(batch)
+    def put_batch(self, batch: Batch) -> Batch:
+        """Shard this host's rows of a batch over its devices for `step`, and start the transfer."""
+        return self.put_rows(batch)
 
-    def rows(self, arrays: Tree) -> Tree:
-        """Cut this host's rows of arrays over its devices along their first axis."""
+    def put_rows(self, arrays: Tree) -> Tree:
+        """Shard this host's rows of arrays over its devices along their first axis."""
         # A global array whose rows are those of host 0, then of host 1 ...; no host sees the others' values.
         rows = NamedSharding(self.mesh, PartitionSpec((DATA, SHARD)))
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), arrays)
 
 
-def layout(mesh: Mesh, tree: Any) -> Any:
+def shardings(mesh: Mesh, tree: Any) -> Any:
     """Return the sharding of each array of a state, or of shapes, on a mesh."""
     return jax.tree.map(lambda x: NamedSharding(mesh, cut(x.shape, mesh.shape[SHARD])), tree)
 
@@ -107,5 +107,5 @@ def mesh_engine(
     whole = NamedSharding(mesh, PartitionSpec())
     # The compiler sees one program over the whole batch. Where the state lies is fixed here for the result, and by the
     # arguments for the input; all communication follows from that.
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(layout(mesh, state), whole))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, state), whole))
     return MeshEngine(mesh, compiled, steps_in_flight(devices))

@@ -99,7 +99,7 @@ def test_beside_an_accelerator_nothing_is_set(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: object())
-    process.settle(MODELS["vit_base_patch16"], 256)
+    process.set_up(MODELS["vit_base_patch16"], 256)
     assert os.environ["XLA_FLAGS"] == ""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert process.alone()
@@ -120,7 +120,7 @@ def test_steps_with_large_buffers_have_one_arena(monkeypatch, model, batch, one)
     monkeypatch.setenv("XLA_FLAGS", "")
     given = []
     monkeypatch.setattr(process, "keep_freed_memory", lambda one_arena: not given.append(one_arena))
-    process.settle(model, batch)
+    process.set_up(model, batch)
     assert given == [one]
     block = max(60 << 20, process.largest_buffer(model, batch))
     assert f"--xla_multiheap_size_constraint_per_heap={block}" in os.environ["XLA_FLAGS"]
@@ -131,7 +131,7 @@ import sys
 from mae_jax.config import MODELS
 from mae_jax.cli import process
 
-process.settle(MODELS["vit_small_patch16"], int(sys.argv[1]))
+process.set_up(MODELS["vit_small_patch16"], int(sys.argv[1]))
 import jax
 
 print(jax.devices()[0].platform)
@@ -157,7 +157,7 @@ config = bench_config("digits", 4096, "float32", mask_tokens=True)
 model = config.model
 encoder, decoder = dataclasses.replace(model.encoder, depth=1), dataclasses.replace(model.decoder, depth=2)
 config = dataclasses.replace(config, model=dataclasses.replace(model, encoder=encoder, decoder=decoder))
-process.settle(config.model, config.batch_size)
+process.set_up(config.model, config.batch_size)
 from mae_jax.bench.step import ready_step
 
 print(ready_step(config).program())

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from mae_jax.cli import process as signals
-from mae_jax.cli.process import SIGNALS, end_by_exception, stop_on_signals
+from mae_jax.cli import signals
+from mae_jax.cli.signals import SIGNALS, end_by_exception, stop_on_signals
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_inspect_counts_measures_and_draws(make_folder: Make, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir() if "sheet" in path.name] == ["sheet.png"]
 
 
-def test_a_sheet_on_a_read_only_disk_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sheet_on_a_read_only_disk_is_reported_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There, to remove what is not there fails too."""
 
     def read_only(*args: object, **settings: object) -> None:
@@ -213,7 +213,7 @@ def test_a_file_in_the_way_of_the_records(make_folder: Make, tmp_path: Path) -> 
             RecordSource(str(tmp_path / place))
 
 
-def test_a_full_disk_is_said_in_a_sentence(make_folder: Make, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_a_sentence(make_folder: Make, tmp_path: Path) -> None:
     """A limit on the size of files stands for it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

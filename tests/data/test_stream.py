@@ -187,7 +187,7 @@ def test_a_replacement_gets_the_crop_of_its_position(make_folder: Callable[..., 
 
 
 class _WithoutPixels(Numbered):
-    """Tells the order: the label is the index."""
+    """A source that shows the order of a stream: the label is the index."""
 
     def label(self, index: int) -> int:
         return index
@@ -277,21 +277,21 @@ def rows_with(*indices: int) -> np.ndarray:
 
 
 def test_broken_files_are_named_once() -> None:
-    told: list[str] = []
-    account = BrokenFiles(Numbered(100, (3, 7)), told.append)
+    reported: list[str] = []
+    account = BrokenFiles(Numbered(100, (3, 7)), reported.append)
     for batch in (rows_with(-1, 3, -1), rows_with(-1, -1), rows_with(3, 7, 3)):
         account.update(batch)
     assert account.count == 2
-    assert told == [
+    assert reported == [
         "number 3 does not decode: planted; the next image in the stream takes its place",
         "number 7 does not decode: planted; the next image in the stream takes its place",
     ]
 
 
 def test_a_file_that_failed_once() -> None:
-    told: list[str] = []
-    BrokenFiles(Numbered(100), told.append).update(rows_with(5))
-    assert told == ["number 5 did not decode, though it does now; the next image in the stream takes its place"]
+    reported: list[str] = []
+    BrokenFiles(Numbered(100), reported.append).update(rows_with(5))
+    assert reported == ["number 5 did not decode, though it does now; the next image in the stream takes its place"]
 
 
 @pytest.mark.parametrize(("count", "limit"), [(20, 10), (10_999, 10), (11_000, 11), (1_281_167, 1281)])

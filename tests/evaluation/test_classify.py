@@ -44,7 +44,7 @@ def params():
 
 def evaluated(params, source, config=CONFIG, devices=1):
     engine = build_engine(dataclasses.replace(config, devices=devices), run_length(config, len(source)))
-    return evaluate_classifier(engine.place(params), source, config, engine.rows, devices, Hosts())
+    return evaluate_classifier(engine.put_state(params), source, config, engine.put_rows, devices, Hosts())
 
 
 def test_evaluation_reads_in_as_many_workers_as_training(params, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 
 from mae_jax.cli import process
 from mae_jax.cli.__main__ import main
-from mae_jax.cli.process import SIGNALS
+from mae_jax.cli.signals import SIGNALS
 from mae_jax.data.images import decode
 from tests.quick import as_users_compile, quick
 
@@ -109,7 +109,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     What the command line sets for its own process is left out, and its handlers of signals are undone.
     """
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(process, "settle", lambda *_: None)
+    monkeypatch.setattr(process, "set_up", lambda *_: None)
     monkeypatch.setattr(process, "keep_programs", lambda: None)
     monkeypatch.setattr(decode, "prepare_decoder", lambda: None)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_jax.runs.log import read_metrics
+from mae_jax.runs.metrics import read_metrics
 
 from .conftest import Start
 

@@ -176,7 +176,7 @@ def test_hosts_that_differ_are_refused(start: Start, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_one_that_cannot_start_tells_the_others(start: Start, tmp_path: Path) -> None:
+def test_one_that_cannot_start_reports_to_the_others(start: Start, tmp_path: Path) -> None:
     own = [[f"--data=folder:{tmp_path}/nowhere"], []]
     done = finish(start_hosts(start, 2, *ARGUMENTS, "--engine=jit", f"--workdir={tmp_path}/run", own=own))
     assert [code for code, _, _ in done] == [1, 1]

@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run: Run, tmp_path: Path) -> No
     assert np.isfinite(found.values).all()
 
 
-def test_a_warm_up_that_never_ends_is_told(run: Run, tmp_path: Path) -> None:
+def test_a_warm_up_that_never_ends_is_reported(run: Run, tmp_path: Path) -> None:
     done = run("pretrain", "digits", *TINY, "--steps=1", "--optim.warmup-epochs=3", f"--workdir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert "optim.warmup_epochs 3.0 is longer than the run's" in done.stdout

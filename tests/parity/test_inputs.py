@@ -184,8 +184,8 @@ def same_order_every_epoch(patch: Patch) -> None:
 
 
 def crops_half_a_pixel_off(patch: Patch) -> None:
-    weights = crops.bicubic_weights
-    patch.setattr(crops, "bicubic_weights", lambda start, stop, *sizes: weights(start + 0.5, stop, *sizes))
+    weights = crops.box_weights
+    patch.setattr(crops, "box_weights", lambda start, stop, *sizes: weights(start + 0.5, stop, *sizes))
 
 
 def turned_upside_down(patch: Patch) -> None:
@@ -254,7 +254,7 @@ MISTAKES = [
 
 
 def departures(reference: Reference, stage: Callable) -> list[Comparison]:
-    (results,) = run(reference, [stage.__name__])
+    (results,) = run([reference], [stage.__name__])
     return [result for result in results if not result.passed]
 
 

@@ -12,7 +12,7 @@ from mae_jax.evaluation.classify import evaluate_classifier
 from mae_jax.hosts import Hosts
 from mae_jax.presets.transfer import FINETUNE
 from mae_jax.runs.finetune import Evaluations, evaluate, finetune, open_data
-from mae_jax.runs.log import read_metrics
+from mae_jax.runs.metrics import read_metrics
 from mae_jax.storage.checkpoints import load_classifier, save_best
 from mae_jax.train.build import build_engine, run_length
 from tests.refusals import refused
@@ -45,7 +45,7 @@ def test_the_best_running_average_is_kept_and_read(config, tmp_path):
     assert step == expected["step"]
     resolved, _, val = open_data(best)
     engine = build_engine(resolved, run_length(resolved, len(val)))
-    found = evaluate_classifier(params, val, resolved, engine.rows, 1, Hosts())
+    found = evaluate_classifier(params, val, resolved, engine.put_rows, 1, Hosts())
     assert found.top(1)[0] == expected["top1"]
     if step == 4:
         newest = load_classifier(tmp_path / "run")[1]

@@ -1,4 +1,4 @@
-"""metrics.jsonl across restarts, and what is said on the way."""
+"""metrics.jsonl across restarts, and what is reported on the way."""
 
 import contextlib
 import errno
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from mae_jax.runs.log import EVENTS, RunLog, SilentLog, missing_steps, read_metrics
+from mae_jax.runs.log import EVENTS, RunLog, SilentLog
+from mae_jax.runs.metrics import read_metrics
 from mae_jax.storage.workdir import METRICS_FILE
 from tests.refusals import refused
 
@@ -25,10 +26,6 @@ def write_run(workdir, start, stop, *, loss=1.0):
 def test_rows_come_back_as_they_were(tmp_path):
     write_run(tmp_path, 0, 3)
     assert read_metrics(tmp_path) == [{"step": s, "loss": 1 / s, "grad_norm": 2.0} for s in (1, 2, 3)]
-
-
-def test_there_are_no_rows_before_the_first(tmp_path):
-    assert read_metrics(tmp_path) == []
 
 
 def test_a_restart_drops_the_rows_that_it_will_write_again(tmp_path):
@@ -85,26 +82,6 @@ def test_an_empty_log_has_neither(tmp_path, name):
     assert all(name.encode() not in file.read_bytes() for file in (tmp_path / EVENTS).iterdir())
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        (b"garbage", "is not JSON: "),
-        (b"5", "is not a step and its numbers (5)"),
-        (b'{"loss": 1}', "is not a step and its numbers ({"),
-        (b'{"step": "2"}', "is not a step and its numbers ({"),
-        (b'{"step": NaN}', "is not a step and its numbers ({"),
-        (b'{"step": 2, "loss": "low"}', "is not a step and its numbers ({"),
-        (b"\xff\xfe", "is not JSON: "),
-        (b'{"step": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
-        (b"[" * 100_000, "nested too deep"),
-    ],
-)
-def test_a_line_that_is_no_row_is_named(tmp_path, line, words):
-    (tmp_path / METRICS_FILE).write_bytes(b'{"step": 1}\n' + line + b"\n")
-    with refused(METRICS_FILE, f"{METRICS_FILE}, line 2", words, ": mend or remove it"):
-        RunLog(tmp_path, 1, 3)
-
-
 def test_a_folder_in_the_place_of_the_rows_is_named(tmp_path):
     (tmp_path / METRICS_FILE).mkdir()
     with refused(METRICS_FILE, "metrics.jsonl cannot be read (Is a directory): mend or remove it"):
@@ -144,25 +121,6 @@ def test_rows_that_are_missing_are_named(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize(
-    ("steps", "start", "every", "missing"),
-    [
-        (range(1, 9), 8, 1, []),
-        ((10, 20, 27, 30), 35, 10, []),
-        ((10, 30, 40), 40, 10, [20]),
-        ((), 40, 10, [10, 20, 30, 40]),
-        ((10, 20), 40, 10, [30, 40]),
-        ((20, 30, 40), 40, 10, [10]),
-        ((50, 100, 110, 120), 120, 10, []),  # every 50 steps before
-        ((10, 20, 30, 80, 130), 130, 10, []),  # and again since
-        ((10, 20, 30, 80, 130, 140, 150), 150, 10, []),
-        ((), 5, 10, []),
-    ],
-)
-def test_which_rows_are_missing(steps, start, every, missing):
-    assert missing_steps([{"step": step, "loss": 1.0} for step in steps], start, every) == missing
-
-
 def test_rows_are_on_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
@@ -199,7 +157,7 @@ def test_nobody_to_report_to_is_no_reason_to_end(tmp_path, monkeypatch, name, st
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
-def test_a_full_disk_is_said_in_a_sentence(tmp_path):
+def test_a_full_disk_is_reported_in_a_sentence(tmp_path):
     """/dev/full takes nothing."""
     with RunLog(tmp_path, 0, 3) as log:
         log._file.close()

@@ -40,7 +40,7 @@ def test_a_stopped_run_draws_no_picture(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("at", "ended_by"), [(6, signal.SIGTERM), (None, None)])
-def test_a_signal_during_the_last_step_is_told(tiny, tmp_path, monkeypatch, at, ended_by):
+def test_a_signal_during_the_last_step_is_reported(tiny, tmp_path, monkeypatch, at, ended_by):
     """For what comes after it was left out; the same command makes up for it."""
     drawn = []
     monkeypatch.setattr(Pictures, "after", lambda pictures, run, step, state, last: drawn.append(step))

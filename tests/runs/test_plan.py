@@ -56,9 +56,9 @@ def test_a_plan_of_a_small_run(tiny):
     wide, model = TransformerConfig(width=16, depth=1, heads=2), config.model
     fused = dataclasses.replace(model, dtype="bfloat16", attention="cudnn", encoder=wide, decoder=wide)
     assert "DOES NOT FIT" in plan(dataclasses.replace(config, model=fused), 1000, 1e12, 1e9)
-    said = plan(config, 1000, 1e12, 1e9)
-    assert "8 devices, state cut 8 ways, batch 16" in said
-    assert "DOES NOT FIT" in said
+    report = plan(config, 1000, 1e12, 1e9)
+    assert "8 devices, state cut 8 ways, batch 16" in report
+    assert "DOES NOT FIT" in report
 
 
 def test_whole_images_are_planned_where_the_device_cuts_the_crops(tiny):
@@ -96,8 +96,8 @@ memory, engine = measure(config)
 images = np.zeros((config.batch_size, 64, 64, 3), np.uint8)
 positions = np.arange(config.batch_size, dtype=np.uint32)
 def step():
-    state = engine.begin(lambda: init_state(config))
-    jax.block_until_ready(engine.step(state, engine.put(Batch(images, positions))))
+    state = engine.init_state(lambda: init_state(config))
+    jax.block_until_ready(engine.step(state, engine.put_batch(Batch(images, positions))))
 step()  # compiled
 import ctypes, gc
 gc.collect(); ctypes.CDLL(None).malloc_trim(0)

@@ -144,11 +144,11 @@ def test_a_run_learns_and_gives_its_basis_on(components, tmp_path, monkeypatch):
 
     # A new run of other crops takes the basis that the decoder speaks; with another target it is a new decoder.
     other = dataclasses.replace(config, seed=1, init=str(tmp_path / "run"))
-    said = []
-    state = start_from(other.init, init_state(other), other, said.append)
+    messages = []
+    state = start_from(other.init, init_state(other), other, messages.append)
     np.testing.assert_array_equal(state.params["target"]["basis"], found[300]["basis"])
-    assert "decoder" in said[-1]
+    assert "decoder" in messages[-1]
     plain = dataclasses.replace(other, model=dataclasses.replace(other.model, pca_components=None))
-    state = start_from(other.init, init_state(plain), plain, said.append)
+    state = start_from(other.init, init_state(plain), plain, messages.append)
     assert state.params.keys() == {"encoder", "decoder"}
-    assert "its decoder is another one" in said[-1]
+    assert "its decoder is another one" in messages[-1]

@@ -340,20 +340,20 @@ def test_a_folder_that_cannot_be_made_holds_up_no_end(tmp_path, inodes):
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path, tiny, begin, batches):
     config, given = tiny(), batches(4)
     two, four = engine_on(config, 2), engine_on(config, 4)
-    state = two.place(begin(config))
+    state = two.put_state(begin(config))
     for batch in given[:2]:
-        state, _ = two.step(state, two.put(batch))
+        state, _ = two.step(state, two.put_batch(batch))
     with contextlib.closing(Checkpoints(tmp_path, config)) as checkpoints:
         checkpoints.save(2, state)
         saved = jax.device_get(state)
         losses = []
         for batch in given[2:]:  # the state is donated while it is being written
-            state, metrics = two.step(state, two.put(batch))
+            state, metrics = two.step(state, two.put_batch(batch))
             losses.append(float(metrics.loss))
 
-    state, _, _ = restore(config, tmp_path, begin(config), four.layout(begin(config)))
+    state, _, _ = restore(config, tmp_path, begin(config), four.shardings(begin(config)))
     assert_same_bits(state, saved)
     assert {len(leaf.devices()) for leaf in jax.tree.leaves(state)} == {4}
     for batch, loss in zip(given[2:], losses, strict=True):
-        state, metrics = four.step(state, four.put(batch))
+        state, metrics = four.step(state, four.put_batch(batch))
         np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)

@@ -144,9 +144,9 @@ def test_devices_do_not_matter(classify, labelled, kind, engine):
     one, losses = trained(classify(**changes), given)
     config = classify(**changes, engine=engine, devices=4)
     built = build_engine(config, Length(10, 4.0, 10.0))
-    state, found = built.begin(lambda: init_state(config)), []
+    state, found = built.init_state(lambda: init_state(config)), []
     for batch in given:
-        state, metrics = built.step(state, built.put(batch))
+        state, metrics = built.step(state, built.put_batch(batch))
         found.append(float(metrics.loss))
     np.testing.assert_allclose(found, losses, rtol=1e-5)
     wanted, params = paths(one.params), paths(jax.device_get(state.params))

@@ -11,7 +11,7 @@ from PIL import Image
 from mae_jax.data.images.box import random_resized_crop_box
 from mae_jax.data.images.decode import Decoded
 from mae_jax.data.images.resize import resize_part
-from mae_jax.train.crops import bicubic_weights, crop_images
+from mae_jax.train.crops import box_weights, crop_images
 from mae_jax.train.objective import Batch
 from mae_jax.train.step import make_step
 from tests.data.photographs import photograph
@@ -60,7 +60,7 @@ def test_the_whole_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize(("start", "stop"), [(0.0, 40.0), (3.0, 5.0), (39.0, 40.0), (0.5, 31.25)])
 def test_weights_sum_to_one(start: float, stop: float) -> None:
-    weights = np.asarray(bicubic_weights(jnp.float32(start), jnp.float32(stop), 40, 16))
+    weights = np.asarray(box_weights(jnp.float32(start), jnp.float32(stop), 40, 16))
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-6)
     assert (weights[:, : int(start)] == 0).all()
     assert (weights[:, int(np.ceil(stop)) :] == 0).all()

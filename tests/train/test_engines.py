@@ -30,9 +30,9 @@ def _step(config, axis):
 
 def losses_on(config, count, begin, given):
     engine = engine_of(config, count)
-    state, losses = engine.place(begin(config)), []
+    state, losses = engine.put_state(begin(config)), []
     for batch in given:
-        state, metrics = engine.step(state, engine.put(batch))
+        state, metrics = engine.step(state, engine.put_batch(batch))
         losses.append(float(metrics.loss))
     return losses
 
@@ -68,7 +68,7 @@ def gradients_on(config, count, params, batch):
 
     engine = engine_of(config, count)
     compiled = jax.pmap(compute, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=engine.devices)
-    return jax.device_get(compiled(engine.place(params), engine.put(batch)))
+    return jax.device_get(compiled(engine.put_state(params), engine.put_batch(batch)))
 
 
 def gradients_on_one(reference, config, params, batch):
@@ -90,8 +90,8 @@ def test_gradients_do_not_depend_on_the_number_of_devices(tiny, begin, batches, 
 def test_a_step_on_devices(tiny, begin, batches, reference):
     """The state is donated and stays replicated; the norm is that of the averaged gradient."""
     engine, batch = engine_of(tiny(), 4), batches(1)[0]
-    before = engine.place(begin(tiny()))
-    after, metrics = engine.step(before, engine.put(batch))
+    before = engine.put_state(begin(tiny()))
+    after, metrics = engine.step(before, engine.put_batch(batch))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.optimizer)))
     for leaf, start in zip(jax.tree.leaves(after), jax.tree.leaves(begin(tiny())), strict=True):
         assert leaf.shape == start.shape
@@ -106,7 +106,7 @@ def test_a_step_on_devices(tiny, begin, batches, reference):
 
 def test_a_batch_is_cut_in_order(tiny, batches):
     batch = batches(1)[0]
-    put = engine_of(tiny(), 4).put(batch)
+    put = engine_of(tiny(), 4).put_batch(batch)
     assert put.images.shape == (4, 4, 8, 8, 1)
     shards = sorted(put.positions.addressable_shards, key=lambda shard: shard.device.id)
     assert [np.ravel(shard.data).tolist() for shard in shards] == np.arange(16).reshape(4, 4).tolist()

@@ -26,7 +26,7 @@ def build(config, **changes):
 def steps(engine, state, given):
     losses = []
     for batch in given:
-        state, metrics = engine.step(state, engine.put(batch))
+        state, metrics = engine.step(state, engine.put_batch(batch))
         losses.append(float(metrics.loss))
     return state, losses
 
@@ -63,14 +63,14 @@ def test_a_batch_that_does_not_divide_is_refused(tiny, engine):
 def test_no_device_holds_more_than_its_part_of_the_state(tiny):
     config = tiny()
     engine = build(config, engine="fsdp")
-    state = engine.begin(lambda: init_state(config))
+    state = engine.init_state(lambda: init_state(config))
     matrices = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 1]
     assert all(8 * leaf.addressable_data(0).size == leaf.size for leaf in matrices)
     assert len(matrices) > 3 * 10  # of the parameters and of both moments
-    whole = build(config, engine="pmap").begin(lambda: init_state(config))
+    whole = build(config, engine="pmap").init_state(lambda: init_state(config))
     jax.tree.map(np.testing.assert_array_equal, state, whole)
-    after, _ = engine.step(state, engine.put(_batch(config)))
-    assert jax.tree.all(jax.tree.map(lambda x, wanted: x.sharding == wanted, after, engine.layout(after)))
+    after, _ = engine.step(state, engine.put_batch(_batch(config)))
+    assert jax.tree.all(jax.tree.map(lambda x, wanted: x.sharding == wanted, after, engine.shardings(after)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.optimizer)))
 
 
@@ -81,7 +81,7 @@ def _batch(config):
 
 def test_each_device_has_its_own_rows(tiny):
     engine = build(tiny(), engine="fsdp", fsdp=2, devices=4)
-    put = engine.put(_batch(tiny()))
+    put = engine.put_batch(_batch(tiny()))
     shards = sorted(put.positions.addressable_shards, key=lambda shard: shard.device.id)
     assert [np.ravel(shard.data).tolist() for shard in shards] == np.arange(16).reshape(4, 4).tolist()
 
@@ -92,10 +92,10 @@ def test_weights_travel_and_activations_do_not(tiny):
     engine = build(config, engine="fsdp")
     shapes = state_shapes(config)
     abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, engine.layout(shapes)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, engine.shardings(shapes)
     )
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), engine.put(_batch(config))
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), engine.put_batch(_batch(config))
     )
     program = engine.step.lower(abstract, batch).compile().as_text()
     sizes = {leaf.size for leaf in jax.tree.leaves(shapes.params)}
@@ -118,7 +118,7 @@ def test_everything_at_once_under_every_engine(tiny, begin, batches):
         {"engine": "fsdp", "devices": 2},
     ):
         engine = build(config, **changes)
-        state, losses = steps(engine, engine.place(begin(config)), batches(3))
+        state, losses = steps(engine, engine.put_state(begin(config)), batches(3))
         found.append((losses, jax.device_get((state.params, state.average))))
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(found[0][1]))
     for losses, weights in found[1:]:
@@ -143,9 +143,9 @@ def test_a_checkpoint_goes_from_any_engine_to_any_other(tmp_path, tiny):
         engine = build(config, **changes)
         with contextlib.closing(Checkpoints(tmp_path, config)) as checkpoints:
             warnings = []
-            state = checkpoints.restore_latest(shapes, engine.layout(shapes), warnings.append)
-            state = engine.place(expected) if state is None else state
-            assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, engine.layout(state)))
+            state = checkpoints.restore_latest(shapes, engine.shardings(shapes), warnings.append)
+            state = engine.put_state(expected) if state is None else state
+            assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, engine.shardings(state)))
             jax.tree.map(np.testing.assert_array_equal, state, expected)
             checkpoints.save(step, state)
             assert warnings == []
