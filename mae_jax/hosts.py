@@ -152,6 +152,18 @@ def joined(config: Run) -> Iterator[Hosts]:
     jax.distributed.shutdown()
 
 
+def collective_failure(error: BaseException) -> BaseException | None:
+    """Return the failure of an operation of all hosts that an error is or comes of, if there is one.
+
+    What raises it differs (JAX, in a step; Orbax, around one in a save), its words do not. TensorStore's have the same
+    form, and where a disk is at fault the system's error number.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not (STATUS.match(str(cause)) and "os_error_code" not in str(cause)):
+        cause = cause.__cause__ or cause.__context__
+    return cause if isinstance(cause, Exception) else None
+
+
 def _explain(error: BaseException, hosts: Hosts, config: Run) -> str:
     """Say why this host fails: because of another, if one has left word or a collective operation has failed."""
     first = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
@@ -166,7 +178,7 @@ def _explain(error: BaseException, hosts: Hosts, config: Run) -> str:
     )
     if failures:
         return "\n".join([*failures, again])
-    if isinstance(error, Exception) and STATUS.match(str(error)):
+    if collective_failure(error) is not None:
         return f"an operation of all {hosts.count} hosts has failed, as it does when one is gone ({first}). {again}"
     return first
 

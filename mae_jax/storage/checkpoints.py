@@ -32,7 +32,7 @@ from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 from mae_jax.config import FinetuneConfig, PretrainConfig, Run
 from mae_jax.errors import StatedError
 from mae_jax.files import Hold, read_json, sync, sync_tree, write_atomically
-from mae_jax.hosts import ALONE, Hosts
+from mae_jax.hosts import ALONE, Hosts, collective_failure
 from mae_jax.models import Params
 from mae_jax.storage.checksums import HASHED, SUMMED, altered, file_checksums, fingerprint
 from mae_jax.storage.workdir import (
@@ -108,14 +108,6 @@ def _reason(error: BaseException) -> str:
     code = re.search(r"os_error_code='(\d+)'", str(error))
     words = os.strerror(int(code[1])) if code else next(iter(str(error).splitlines()), "")
     return words[:300] if code else f"{type(error).__name__}: {words[:300]}"
-
-
-def _collective_failure(error: BaseException) -> jax.errors.JaxRuntimeError | None:
-    """Return the failure of an operation of all hosts that an error comes of, if it comes of one."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
 
 
 def _check_room(folder: Path, tree: Any) -> None:
@@ -328,7 +320,7 @@ class Checkpoints:
         except StatedError:
             raise
         except Exception as error:  # whatever a disk makes Orbax and its layers raise
-            if self._hosts.count > 1 and (failed := _collective_failure(error)) is not None:
+            if self._hosts.count > 1 and (failed := collective_failure(error)) is not None:
                 raise failed from error  # another host is gone, which `hosts.joined` explains; no disk is at fault
             if self._hosts.count == 1:  # no other host writes: what takes up a full disk may go
                 self._clear_unfinished()

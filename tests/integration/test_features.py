@@ -54,6 +54,7 @@ def test_neighbours_of_features_are_those_of_the_run(run: Run, trained: Path, tm
 
 
 def test_a_pytorch_checkpoint(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     random = np.random.default_rng(0)
     for number in range(12):
         file = tmp_path / "images" / f"class {number % 2}" / f"{number}.png"
@@ -73,6 +74,7 @@ def test_a_pytorch_checkpoint(run: Run, tmp_path: Path) -> None:
 
 
 def test_bad_input_gets_a_sentence(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
     run, out, bank = str(trained), f"--out={tmp_path}/x.npz", f"{tmp_path}/x.npz"
     for arguments, words in (
         (("features", run, "digits", f"--out={tmp_path}/x.txt"), "x.txt does not end in .npz"),

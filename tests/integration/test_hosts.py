@@ -214,6 +214,7 @@ with joined(runs[0][1]) as hosts:
 @pytest.mark.slow
 def test_weights_to_start_from(start: Start, never_stopped: Path, tmp_path: Path) -> None:
     """Pretraining from a run, a fine-tuning from one of its checkpoints, a probe from a PyTorch file."""
+    pytest.importorskip("torch")
     config, params, _ = load_params(never_stopped)
     mae_jax.save_torch(params, config.model, tmp_path / "fair", layout="fair")
     inits = [never_stopped, never_stopped / "checkpoints" / str(STEPS), *(tmp_path / "fair").glob("*.pth")]

@@ -89,6 +89,7 @@ def rows_so_far(workdir: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_carried_to_pytorch_and_evaluated_from_there(run: Run, finetuned: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     file, best = tmp_path / "classifier.pth", finetuned / "best"
     done = run("port", best, file, "--to=fair")
     assert done.returncode == 0, done.stderr
@@ -120,6 +121,7 @@ def test_probes_of_several_rates_at_once(run: Run, trained: Path, tmp_path: Path
     jax.tree.map(np.testing.assert_array_equal, params["encoder"], before)
     refused = run("port", workdir, tmp_path / "x.pth", "--to=fair")
     assert "holds the heads of a sweep over 2 rates: give its folder best" in refused.stderr
+    pytest.importorskip("torch")
     ported = run("port", workdir / "best", tmp_path / "x.pth", "--to=fair")
     assert ported.returncode == 0, ported.stderr
     assert "the probe's BatchNorm is put into its head" in ported.stdout
