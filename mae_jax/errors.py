@@ -37,7 +37,8 @@ class _Short(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxlevel, self.maxstring, self.maxlong = 3, 80, 40
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 2, 4, 4, 3
+        self.maxstring, self.maxlong = 80, 40
 
     def repr_int(self, x: int, level: int) -> str:
         """Return an integer, or its size where Python would refuse to convert it (over 4,300 digits)."""

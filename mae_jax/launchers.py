@@ -161,7 +161,7 @@ def _refuse_unknown_count(environment: Mapping[str, str], alone: bool) -> None:
     if name is not None and not alone:
         raise StatedError(
             f"{name} {environment[name]} makes this one process of several, and no variable says of how many: give "
-            "--coordinator HOST:PORT, --num-processes and --process-id; --num-processes 1 trains alone",
+            "--coordinator HOST:PORT, --num-processes, --process-id and --engine jit; --num-processes 1 trains alone",
             field="num_processes",
         )
 
@@ -169,8 +169,8 @@ def _refuse_unknown_count(environment: Mapping[str, str], alone: bool) -> None:
 def _unjoinable(launcher: Launcher, count: int, index: str, reason: str) -> StatedError:
     return StatedError(
         f"{launcher.name} has started this process as one of {count} ({launcher.count}), and {reason}: give "
-        f"--coordinator HOST:PORT --num-processes {count} --process-id {index}, with a free port of host 0, or set "
-        "JAX_COORDINATOR_ADDRESS to HOST:PORT; --num-processes 1 trains alone",
+        f"--coordinator HOST:PORT --num-processes {count} --process-id {index} --engine jit, with a free port of "
+        "host 0, or set JAX_COORDINATOR_ADDRESS to HOST:PORT; --num-processes 1 trains alone",
         field="coordinator",
     )
 

@@ -267,7 +267,7 @@ def erasing(ours: Ours, reference: Reference) -> Pairs:
 
 def narrow_erasing(ours: Ours, reference: Reference) -> Pairs:
     """Compare what is erased of images so low that often no rectangle of those drawn fits."""
-    size, seed = (3, 40), reference.run_config.seed
+    size, seed = (3, 40), 0
     images = torch.zeros(len(POSITIONS), 1, *size, dtype=getattr(torch, reference.precision))
     theirs = torch_inputs.erase(images, seed, POSITIONS, 1.0)
     made = mixing_code.erase(

@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mae_jax.cli.signals import end_by_exception
 from mae_jax.errors import StatedError
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         end_by_exception()
     words = list(sys.argv[1:] if argv is None else argv)
-    command = _parser(words).parse_args(words[:1]).command
     try:
+        command = _parser(words).parse_args(words[:1]).command
         code = load(command)([word for word in words[1:] if word != "--debug"], f"mae-jax {command}")
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -81,12 +81,20 @@ def _failed(error: Exception, debug: bool) -> int:
     return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help is printed, or fails: argparse's own passes over an output that cannot be written."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help at once."""
+        print(self.format_help(), end="", file=file or sys.stdout, flush=True)
+
+
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     epilog = None
     if not words or words[0] not in COMMANDS:  # help, or a wrong word
         lines = [f"  {name:12} {(load(name).__doc__ or '').partition(chr(10))[0]}" for name in COMMANDS]
         epilog = "\n".join(["commands:", *lines, "", "mae-jax COMMAND --help shows more; --debug shows tracebacks."])
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mae-jax",
         description="Masked Autoencoder pretraining in JAX/Flax.",
         epilog=epilog,

@@ -57,7 +57,7 @@ def read_flags(
             init = first.parse_known_args(words)[0].init
             if init not in (None, "None"):  # None is how the list of flags writes the default
                 config = adopt(config, init)
-        description = f"{getdoc(preset)}\n\n--precision stands for --model.dtype; --debug shows tracebacks."
+        description = f"{getdoc(preset) or ''}\n\n--precision stands for --model.dtype; --debug shows tracebacks."
         default = kind(**vars(config))
         return tyro.cli(kind, default=default, args=words, prog=f"{prog} {args[0]}", description=description)
     # Help, or a word that is no preset.

@@ -16,6 +16,7 @@ import numpy as np
 
 from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig
 from mae_jax.errors import StatedError
+from mae_jax.files import local_path
 from mae_jax.models import Params
 from mae_jax.port.formats import Format, file_in, is_folder, require_expressible
 from mae_jax.port.keys import Config, Part, Tensors, encoder_config, to_fair
@@ -260,7 +261,7 @@ def beside(destination: Path, force: bool) -> Iterator[Path]:
       StatedError: the destination exists and `force` is not given, holds other things than a port, or its folder
         cannot be written to.
     """
-    destination = destination.absolute()
+    destination = local_path(destination, "destination")
     require_replaceable(destination, force)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -287,9 +288,9 @@ def require_replaceable(destination: Path, force: bool) -> None:
     """Refuse a destination that must not be replaced.
 
     Raises:
-      StatedError: the destination exists and `force` is not given, or it holds other things than a port.
+      StatedError: the destination is an address, exists and `force` is not given, or holds other things than a port.
     """
-    if not os.path.lexists(destination):
+    if not os.path.lexists(local_path(destination, "destination")):
         return
     if not force:
         raise StatedError(f"{destination} exists; --force replaces it", field="destination")

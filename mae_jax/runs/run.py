@@ -113,10 +113,11 @@ def describe(config: Run, source: Source, engine: Engine, state: TrainState, len
         for tree in (state.params, select(state.params, make_objective(config).trained))
     )
     classes = f" of {len(source.class_names)} classes" if config.kind == "classification" else ""
-    hosts = f"{jax.process_count()} hosts, " if jax.process_count() > 1 else ""
+    hosts, devices = jax.process_count(), len(engine.devices)
+    each = f"{hosts} hosts x {devices // hosts}" if hosts > 1 else f"{devices}"
     return (
         f"{'continuing at' if state.step else 'starting'} step {int(state.step)} of {length.steps} "
         f"({length.epochs:.4g} epochs of {len(source):,} images{classes}): {count:,} parameters, "
         f"{'' if trained == count else f'{trained:,} of them trained, '}batch {config.batch_size} "
-        f"on {hosts}{len(engine.devices)} x {engine.devices[0].device_kind}, in {config.workdir}"
+        f"on {each} x {engine.devices[0].device_kind}, in {config.workdir}"
     )

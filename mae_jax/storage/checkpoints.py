@@ -119,6 +119,19 @@ def _check_room(folder: Path, tree: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def _fingerprint_version(folder: Path) -> int:
+    """Read by which version a checkpoint's fingerprint was taken, and nothing else of its record.
+
+    Raises:
+      StatedError: there is no such record.
+      OSError: it cannot be read now.
+    """
+    record = read_json(folder / RECORD / "metadata", RECORD)
+    if not isinstance(record, dict) or not isinstance(record.get("fingerprint"), dict):
+        raise StatedError(f"checkpoint {folder} has no record of its arrays", field=RECORD)
+    return record.get("version") or SUMMED
+
+
 def _check_files(folder: Path) -> None:
     """Read all files of a checkpoint, and compare them with its checksums, which version 0.1.0 did not write.
 
@@ -128,7 +141,7 @@ def _check_files(folder: Path) -> None:
     """
     try:
         found = file_checksums(folder)
-        version = HASHED if CHECKSUMS in found else read_record(folder).version
+        version = HASHED if CHECKSUMS in found else _fingerprint_version(folder)
         expected = {} if version == SUMMED else read_json(folder / CHECKSUMS)
     except (StatedError, FileNotFoundError, NotADirectoryError) as error:
         raise DamagedError(str(error), field="checkpoint") from error

@@ -78,7 +78,7 @@ def test_two_hosts_of_two_devices_compute_what_one_computes(start: Start, never_
     done = finish([start(*common, f"--process-id={host}", devices=2) for host in (0, 1)])
     assert [code for code, _, _ in done] == [0, 0], done
     assert_same_run(never_stopped, workdir)
-    assert "on 2 hosts, 4 x cpu" in done[0][1]
+    assert "on 2 hosts x 2 x cpu" in done[0][1]
     assert "loss" not in done[1][1]
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert [file.name for file in workdir.glob(".*")] == [".lock"]

@@ -37,3 +37,9 @@ def test_output_that_cannot_be_written_fails(tmp_path) -> None:
     done = shell("> /dev/full", "inspect", "digits", f"--sheet={tmp_path}/sheet.png", "--workers=0")
     assert done.returncode == 1
     assert done.stderr == "mae-jax: standard output cannot be written: No space left on device\n"
+
+
+def test_help_that_cannot_be_written_fails() -> None:
+    done = shell("> /dev/full", "--help")
+    assert done.returncode == 1
+    assert done.stderr == "mae-jax: standard output cannot be written: No space left on device\n"

@@ -117,3 +117,12 @@ def test_parameters_of_another_model_are_listed(tmp_path):
     with refused("params", "decoder/block_0/norm1/scale is missing"):
         mae_jax.save_torch({"encoder": draw_params(TINY)["encoder"]}, TINY, tmp_path / "f.pth", layout="fair")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x.pth", "gs://bucket/folder"])
+def test_an_address_is_no_place_to_write_to(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    layout = "fair" if address.endswith("pth") else "huggingface"
+    with refused("destination", "is an address"):
+        mae_jax.save_torch(draw_params(TINY), TINY, address, layout=layout)
+    assert list(tmp_path.iterdir()) == []

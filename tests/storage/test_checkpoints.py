@@ -153,9 +153,13 @@ def test_what_is_no_damage_stops_the_run_and_moves_nothing(run, monkeypatch, whe
     assert (warned, steps) == ([], [2, 4, 6])
 
 
-def test_a_record_that_may_not_be_read_is_no_damage(run, monkeypatch):
+@pytest.mark.parametrize("summed", [True, False])  # version 0.1.0 wrote no sums
+def test_a_record_that_may_not_be_read_is_no_damage(run, monkeypatch, summed):
     config, workdir, states = run
     opened = Path.open
+    if not summed:
+        for file in workdir.rglob(CHECKSUMS):
+            file.unlink()
 
     def denied(path, *args, **keywords):
         if path.name == "metadata":
