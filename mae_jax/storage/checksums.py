@@ -57,7 +57,7 @@ def _compiled(version: int, sharding: Sharding) -> Callable[[list[jax.Array]], j
 
 
 def fingerprint(tree: Any, version: int = HASHED) -> dict[str, int]:
-    """Hash the bits of each array to 64 bits, with the place of each word: any change of bits or places changes it.
+    """Hash the bits of each array to 64 bits, with the place of each word: a change by chance passes once in 2^64.
 
     The same for every layout. Where arrays lie on several hosts, all of them must call this.
     """
