@@ -281,6 +281,31 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     assert not [name for name in files(tmp_path / "records") if name.startswith(".")]
 
 
+@pytest.mark.parametrize("address", ["records", "memory://ended-meanwhile"])
+def test_what_another_process_has_ended_meanwhile_is_not_touched(
+    make_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """It ends after this one has found the folder empty, and before this one holds it."""
+    folder = make_folder("photos", 4)
+    destination = address if "://" in address else str(tmp_path / address)
+    ended: list[dict[str, bytes]] = []
+
+    def contents() -> dict[str, bytes]:
+        storage = Storage(destination)
+        return {name: storage.read(name) for name in storage.names() if not name.startswith(".")}
+
+    def names_read_late(source: Source) -> str:
+        monkeypatch.undo()
+        prepared(folder, destination, size=32)
+        ended.append(contents())
+        return "of the same files"
+
+    monkeypatch.setattr("mae_jax.data.prepare._fingerprint", names_read_late)
+    with refused("destination", "holds prepared records already"):
+        prepared(folder, destination, size=16)
+    assert [contents()] == ended
+
+
 def test_a_plan_elsewhere_is_claimed_once(make_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no lock: whoever comes second, and has seen an empty folder, finds the plan of the first."""
     folder = make_folder("photos", 4)
