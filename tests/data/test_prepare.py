@@ -23,6 +23,7 @@ from mae_jax.data.sources.shards import Storage
 from mae_jax.data.sources.source import Source, open_source
 from mae_jax.data.stream import training_batches
 from tests.data.records import Make, files, prepared
+from tests.disk import REPLACED, recorded
 from tests.refusals import refused
 
 
@@ -253,6 +254,15 @@ def test_storage_leaves_nothing_half_written(tmp_path: Path) -> None:
         assert storage.names() == []
         storage.write("a.json", b"whole")
         assert (storage.names(), storage.read("a.json")) == (["a.json"], b"whole")
+
+
+def test_a_file_of_storage_is_on_the_disk_when_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So dataset.json does not stand beside shards that a power cut has emptied."""
+    order = recorded(monkeypatch)
+    (tmp_path / ".a.json.partial").write_text("what a process that was killed has left")
+    Storage(str(tmp_path)).write("a.json", b"whole")
+    assert order == [str(tmp_path / ".a.json.partial"), REPLACED, str(tmp_path)]
+    assert files(tmp_path) == {"a.json": b"whole"}
 
 
 HOLDING = """
