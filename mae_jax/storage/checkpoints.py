@@ -195,7 +195,12 @@ class Checkpoints:
             if self.path(step).exists():
                 if read_record(self.path(step)).fingerprint == contents[RECORD].item["fingerprint"]:
                     return
-                raise FileExistsError(errno.EEXIST, f"{self.path(step)} is there, with other contents")
+                raise StatedError(
+                    f"checkpoint {self.path(step)} is there, with other contents than this run has after step {step}, "
+                    "and is not replaced: run the same command again to go on from it, or move it out of this folder "
+                    "first, to go on from the one before.",
+                    field="workdir",
+                )
             if self._hosts.first:
                 if self._held is not None:
                     self._held.check()
