@@ -85,12 +85,14 @@ def sync_tree(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, beside: Path | None = None) -> Iterator[Path]:
     """Give a path beside the file, of the same ending, to write to; it takes the file's place if the `with` ends well.
 
     It is on the disk then, also after a power cut. What is left of it where the `with` fails is removed.
+
+    beside: that path, where what a killed process leaves must be known again; by default one of this process alone.
     """
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    beside = beside or path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield beside
         sync(beside)

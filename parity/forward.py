@@ -48,11 +48,11 @@ def position_tables(ours: Ours, reference: Reference) -> Pairs:
     Then a long one, on which a frequency that is rounded shows.
     """
     for kind, theirs in {
-        "sincos2d": torch_mae.sincos2d(16, (40, 25)),
-        "sincos1d": torch_mae.sincos1d(16, 1000),
+        "sincos2d": torch_mae.sincos2d(16, (300, 3)),
+        "sincos1d": torch_mae.sincos1d(16, 900),
     }.items():
-        table = patches.fixed_positions(kind, 16, (40, 25), class_token=False)
-        yield Pair(f"positions {kind}", "40 x 25 patches", table, theirs, "table", "float32")
+        table = patches.fixed_positions(kind, 16, (300, 3), class_token=False)
+        yield Pair(f"positions {kind}", "300 x 3 patches", table, theirs, "table", "float32")
     for kind in ("sincos2d", "sincos1d"):
         for stack in ("encoder", "decoder"):
             for class_token in (True, False):

@@ -12,7 +12,18 @@ import pytest
 from PIL import Image
 
 from mae_jax import files
-from mae_jax.files import LEASE, check_picture, hold, local_path, read_json, save_picture, sync_tree, write_atomically
+from mae_jax.files import (
+    LEASE,
+    check_picture,
+    hold,
+    local_path,
+    read_json,
+    save_picture,
+    sync_tree,
+    whole,
+    write_atomically,
+)
+from tests.disk import REPLACED, recorded
 from tests.refusals import refused
 
 
@@ -38,12 +49,13 @@ def test_what_was_there_stays_where_there_is_no_room(tmp_path, monkeypatch, call
 
 def test_a_file_and_its_name_are_on_the_disk(tmp_path, monkeypatch):
     """What is written is synced before it takes its place, and the folder after."""
-    order = []
-    synced, replace = os.fsync, os.replace
-    monkeypatch.setattr("os.fsync", lambda file: (order.append(os.readlink(f"/proc/self/fd/{file}")), synced(file)))
-    monkeypatch.setattr("os.replace", lambda *paths: (order.append("replaced"), replace(*paths)))
+    order = recorded(monkeypatch)
     write_atomically(tmp_path / "words.txt", "after")
-    assert order == [str(tmp_path / f".{os.getpid()}.words.txt"), "replaced", str(tmp_path)]
+    assert order == [str(tmp_path / f".{os.getpid()}.words.txt"), REPLACED, str(tmp_path)]
+    order.clear()
+    with whole(tmp_path / "words.txt", tmp_path / "half") as beside:
+        beside.write_text("by a name of the caller's")
+    assert order == [str(tmp_path / "half"), REPLACED, str(tmp_path)]
     (tmp_path / "inner").mkdir()
     order.clear()
     sync_tree(tmp_path)

@@ -80,12 +80,7 @@ def prepare(source: Source, plan: Plan, destination: str, workers: int, report: 
         a worker process was killed.
     """
     storage = Storage(destination)
-    if storage.has(MANIFEST):
-        raise StatedError(
-            f"{destination} holds prepared records already: choose another folder, or remove it", field="destination"
-        )
-    if not storage.has(_PLAN) and (found := [name for name in storage.names() if not name.startswith(".")]):
-        raise StatedError(f"{destination} is not empty, it has {found[0]}: choose another folder", field="destination")
+    _require_unprepared(storage)  # before anything is made there, and before the names are read, which takes its time
     plan_of_images = asdict(plan) | {"names": _fingerprint(source)}
     storage.make()
     with ExitStack() as held:
@@ -93,8 +88,22 @@ def prepare(source: Source, plan: Plan, destination: str, workers: int, report: 
             storage.is_local
         ):  # elsewhere two processes of one plan write the same bytes, and of two plans one is refused
             held.enter_context(hold(storage.folder, "destination"))
+        _require_unprepared(storage)  # again: another process may have ended there before this one held the folder
         _claim(storage, plan_of_images)
         return _write(source, plan, storage, workers, report)
+
+
+def _require_unprepared(storage: Storage) -> None:
+    """Refuse a folder of prepared records, and one that holds other things than a plan that was begun."""
+    if storage.has(MANIFEST):
+        raise StatedError(
+            f"{storage.address} holds prepared records already: choose another folder, or remove it",
+            field="destination",
+        )
+    if not storage.has(_PLAN) and (found := [name for name in storage.names() if not name.startswith(".")]):
+        raise StatedError(
+            f"{storage.address} is not empty, it has {found[0]}: choose another folder", field="destination"
+        )
 
 
 def _write(source: Source, plan: Plan, storage: Storage, workers: int, report: Callable[[int], None]) -> Manifest:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig
 from mae_jax.errors import StatedError
-from mae_jax.files import local_path
+from mae_jax.files import local_path, sync, sync_tree
 from mae_jax.models import Params
 from mae_jax.port.formats import Format, file_in, is_folder, require_expressible
 from mae_jax.port.keys import Config, Part, Tensors, encoder_config, to_fair
@@ -257,6 +257,8 @@ def _remove_until_gone(path: Path) -> None:
 def beside(destination: Path, force: bool) -> Iterator[Path]:
     """Give a path beside the destination to write to; it is moved into place if all goes well, else removed.
 
+    What is moved is on the disk then. It is a file or a folder, as the format has it, and may replace either.
+
     Raises:
       StatedError: the destination exists and `force` is not given, holds other things than a port, or its folder
         cannot be written to.
@@ -274,10 +276,12 @@ def beside(destination: Path, force: bool) -> Iterator[Path]:
     old, fresh = folder / "old", folder / destination.name
     try:
         yield fresh
+        sync_tree(folder)
         require_replaceable(destination, force)  # once more: it may have come, or changed, in the meantime
         if os.path.lexists(destination):
             os.replace(destination, old)  # a folder cannot be moved onto another
         os.replace(fresh, destination)
+        sync(destination.parent)  # before the old one is removed: a power cut leaves one of the two
     finally:
         if os.path.lexists(old) and not os.path.lexists(destination):
             os.replace(old, destination)

@@ -116,7 +116,7 @@ class Evaluations:
         scores = [(int(row["step"]), row["top1"]) for row in rows if "top1" in row and row["step"] <= step]
         ended = step == run.length.steps
         drawn = all((run.workdir / name).exists() for name in (CONFUSION, WORST))
-        drop_later(run.workdir, step, run.hosts)
+        drop_later(run.workdir, step, run.hosts, run.held)
         kept = bool(checkpoint_folders(run.workdir / BEST))
         # As the first host sees the folder: all of them evaluate, or none.
         seen = run.hosts.gather(f"scores {step}", json.dumps([scores, ended and not drawn, kept]))[0]
@@ -160,7 +160,7 @@ class Evaluations:
         self._scores[step] = row["top1"]
         if row["top1"] > self._best:
             self._best = row["top1"]
-            save_best(run.workdir, step, *single(config, params, head), run.hosts)
+            save_best(run.workdir, step, *single(config, params, head), run.hosts, run.held)
         run.log.row(step, row)
         return outcomes, head
 

@@ -20,6 +20,7 @@ from mae_jax.data.images.decode import BrokenImage
 from mae_jax.data.sources.source import Source
 from mae_jax.data.stream import TrainingBatch, training_batches
 from mae_jax.errors import StatedError
+from mae_jax.files import Hold
 from mae_jax.hosts import Hosts
 from mae_jax.models import Params
 from mae_jax.runs.log import Log
@@ -49,6 +50,7 @@ class TrainingRun:
     length: Length
     engine: Engine
     workdir: Path
+    held: Hold | None  # the first host's, which holds the folder for this run
     checkpoints: Checkpoints
     log: Log
 

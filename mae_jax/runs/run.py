@@ -59,7 +59,7 @@ def run(config: Run, source: Source, hosts: Hosts, callback: Callback, stop: Sto
                     f"WARNING: optim.warmup_epochs {config.optim.warmup_epochs} is longer than the run's "
                     f"{length.epochs:.4g} epochs: the learning rate never reaches its peak"
                 )
-        training = TrainingRun(config, source, hosts, length, engine, workdir, checkpoints, log)
+        training = TrainingRun(config, source, hosts, length, engine, workdir, held, checkpoints, log)
         return Loop(training, callback, stop or StopRequest()).go(state, start)
 
 

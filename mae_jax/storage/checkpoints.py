@@ -208,7 +208,12 @@ class Checkpoints:
             if self.path(step).exists():
                 if read_record(self.path(step)).fingerprint == contents[RECORD].item["fingerprint"]:
                     return
-                raise FileExistsError(errno.EEXIST, f"{self.path(step)} is there, with other contents")
+                raise StatedError(
+                    f"checkpoint {self.path(step)} is there, with other contents than this run has after step {step}, "
+                    "and is not replaced: run the same command again to go on from it, or move it out of this folder "
+                    "first, to go on from the one before.",
+                    field="workdir",
+                )
             if self._hosts.first:
                 if self._held is not None:
                     self._held.check()
@@ -470,28 +475,36 @@ def load_any(run_or_checkpoint: str | Path) -> tuple[Run, Params, int]:
     return config, params, int(folder.name) if folder.name.isdecimal() else 0
 
 
-def drop_later(workdir: Path, step: int, hosts: Hosts) -> None:
-    """Remove what a run kept after the step from which it goes on: it may come out otherwise. All hosts call this."""
+def drop_later(workdir: Path, step: int, hosts: Hosts, held: Hold | None) -> None:
+    """Remove what a run kept after the step from which it goes on: it may come out otherwise. All hosts call this.
+
+    Raises:
+      StatedError: the folder is no longer held for this run.
+    """
     if hosts.first:
+        if held is not None:
+            held.check()
         for saved in checkpoint_folders(workdir / BEST):
             if int(saved.name) > step:
                 shutil.rmtree(saved)
     hosts.gather(f"best from {step}", "")
 
 
-def save_best(workdir: Path, step: int, config: Run, params: Params, hosts: Hosts) -> None:
+def save_best(workdir: Path, step: int, config: Run, params: Params, hosts: Hosts, held: Hold | None) -> None:
     """Write parameters to WORKDIR/best, which commands take as they take a run; the one before goes then.
 
     On several hosts all of them call this.
 
     Raises:
-      StatedError: it cannot be written.
+      StatedError: it cannot be written, or the folder is no longer held for this run.
     """
     folder = workdir / BEST
     if any(int(saved.name) == step for saved in checkpoint_folders(folder)):
         return  # by the same run, which was stopped after it
     try:
         if hosts.first:
+            if held is not None:
+                held.check()
             (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             _check_room(folder, params)
         save_params(folder / CHECKPOINTS / str(step), config, params)

@@ -23,6 +23,7 @@ from mae_jax.data.sources.shards import Storage
 from mae_jax.data.sources.source import Source, open_source
 from mae_jax.data.stream import training_batches
 from tests.data.records import Make, files, prepared
+from tests.disk import REPLACED, recorded
 from tests.refusals import refused
 
 
@@ -255,6 +256,15 @@ def test_storage_leaves_nothing_half_written(tmp_path: Path) -> None:
         assert (storage.names(), storage.read("a.json")) == (["a.json"], b"whole")
 
 
+def test_a_file_of_storage_is_on_the_disk_when_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So dataset.json does not stand beside shards that a power cut has emptied."""
+    order = recorded(monkeypatch)
+    (tmp_path / ".a.json.partial").write_text("what a process that was killed has left")
+    Storage(str(tmp_path)).write("a.json", b"whole")
+    assert order == [str(tmp_path / ".a.json.partial"), REPLACED, str(tmp_path)]
+    assert files(tmp_path) == {"a.json": b"whole"}
+
+
 HOLDING = """
 import sys, time
 from mae_jax.data.prepare import Plan, prepare
@@ -279,6 +289,31 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     other.communicate()
     prepare(source, plan, str(tmp_path / "records"), 0, lambda count: None)
     assert not [name for name in files(tmp_path / "records") if name.startswith(".")]
+
+
+@pytest.mark.parametrize("address", ["records", "memory://ended-meanwhile"])
+def test_what_another_process_has_ended_meanwhile_is_not_touched(
+    make_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """It ends after this one has found the folder empty, and before this one holds it."""
+    folder = make_folder("photos", 4)
+    destination = address if "://" in address else str(tmp_path / address)
+    ended: list[dict[str, bytes]] = []
+
+    def contents() -> dict[str, bytes]:
+        storage = Storage(destination)
+        return {name: storage.read(name) for name in storage.names() if not name.startswith(".")}
+
+    def names_read_late(source: Source) -> str:
+        monkeypatch.undo()
+        prepared(folder, destination, size=32)
+        ended.append(contents())
+        return "of the same files"
+
+    monkeypatch.setattr("mae_jax.data.prepare._fingerprint", names_read_late)
+    with refused("destination", "holds prepared records already"):
+        prepared(folder, destination, size=16)
+    assert [contents()] == ended
 
 
 def test_a_plan_elsewhere_is_claimed_once(make_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 from mae_jax.port.tensors import read_file, write_safetensors, write_torch
 from mae_jax.port.write import beside
+from tests.disk import REPLACED, recorded
 from tests.refusals import refused
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
@@ -205,6 +206,22 @@ def test_a_destination_is_whole_or_as_it_was(tmp_path):
         fresh.write_text("new")
     assert file.read_text() == "new"
     assert [path.name for path in file.parent.iterdir()] == ["f.pth"]
+
+
+def test_a_destination_is_on_the_disk_before_what_it_replaces_is_removed(tmp_path, monkeypatch):
+    file, folder = tmp_path / "f.pth", tmp_path / "model"
+    order = recorded(monkeypatch)
+    with beside(file, force=False) as fresh:
+        fresh.write_text("whole")
+    assert order == [str(fresh), str(fresh.parent), REPLACED, str(tmp_path)]
+    folder.mkdir()
+    monkeypatch.setattr("shutil.rmtree", lambda path, **how: order.append("removed"))
+    order.clear()
+    with beside(folder, force=True) as fresh:
+        fresh.mkdir()
+        (fresh / "config.json").write_text("{}")
+    written = [str(fresh / "config.json"), str(fresh), str(fresh.parent)]
+    assert order == [*written, REPLACED, REPLACED, str(tmp_path), "removed"]
 
 
 def test_only_a_ported_folder_is_replaced(tmp_path):

@@ -86,9 +86,22 @@ def test_best_of_a_later_life_is_dropped(config, tmp_path):
     """A run that goes on before its best checkpoint may come out otherwise."""
     finetune(config)
     for step in (7, 9):
-        save_best(tmp_path / "run", step, *load_classifier(tmp_path / "run" / "best")[:2], Hosts())
+        save_best(tmp_path / "run", step, *load_classifier(tmp_path / "run" / "best")[:2], Hosts(), None)
     finetune(config)
     assert all(int(path.name) <= 4 for path in (tmp_path / "run" / "best" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("place", ["drop_later", "save_best"])
+def test_what_is_best_is_changed_by_whoever_holds_the_folder(config, tmp_path, monkeypatch, place):
+    class Reached(Exception):
+        pass
+
+    def reached(*arguments):
+        raise Reached(arguments[-1].folder)
+
+    monkeypatch.setattr(f"mae_jax.runs.finetune.{place}", reached)
+    with pytest.raises(Reached, match=str(tmp_path / "run")):
+        finetune(config)
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before_the_evaluation(config, tmp_path, monkeypatch):

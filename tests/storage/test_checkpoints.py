@@ -1,6 +1,7 @@
 """A checkpoint comes back bit for bit, or is known to be broken."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 
 from mae_jax.files import hold
 from mae_jax.hosts import Hosts
-from mae_jax.storage.checkpoints import BROKEN, CHECKSUMS, Checkpoints, DamagedError
+from mae_jax.storage.checkpoints import BROKEN, CHECKSUMS, Checkpoints, DamagedError, drop_later, save_best
 from mae_jax.train.engines import pmap_engine
 from mae_jax.train.step import make_step
 from tests.refusals import refused
@@ -75,8 +76,9 @@ def test_saving_a_step_again_changes_nothing(run):
     config, workdir, states = run
     with contextlib.closing(Checkpoints(workdir, config)) as checkpoints:
         checkpoints.save(6, states[6])
-        with refused("workdir", "6 is there, with other contents"):
+        with refused("workdir", "6 is there, with other contents", "go on from it, or move it out") as caught:
             checkpoints.save(6, states[2])
+    assert "Make room" not in str(caught.value)  # no disk is at fault
     assert_same_bits(restore(config, workdir, states[2])[0], states[6])
 
 
@@ -239,14 +241,31 @@ def test_a_host_that_is_gone_is_no_fault_of_the_disk(tmp_path, tiny, monkeypatch
                     checkpoints.save(1, state)
 
 
-def test_a_save_that_no_longer_holds_the_folder_is_refused(tmp_path, tiny, monkeypatch):
+@pytest.fixture
+def lost(tmp_path, monkeypatch):
+    """What held the folder, which another process has taken since."""
     with hold(tmp_path, "workdir") as held:
-        checkpoints = Checkpoints(tmp_path, tiny(), held=held)
         monkeypatch.setattr("mae_jax.files._holder", lambda file: "another")
-        object.__setattr__(held, "holder", "this one")
-        with contextlib.closing(checkpoints), refused("workdir", "no longer held"):
-            checkpoints.save(1, {"step": jnp.int32(1)})
+        yield dataclasses.replace(held, holder="this one")
+
+
+def test_a_save_that_no_longer_holds_the_folder_is_refused(tmp_path, tiny, lost):
+    with (
+        contextlib.closing(Checkpoints(tmp_path, tiny(), held=lost)) as checkpoints,
+        refused("workdir", "no longer held"),
+    ):
+        checkpoints.save(1, {"step": jnp.int32(1)})
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_the_best_of_another_is_left_alone(tmp_path, tiny, lost):
+    params = {"x": jnp.ones(3)}
+    save_best(tmp_path, 4, tiny(), params, Hosts(), None)
+    with refused("workdir", "no longer held"):
+        drop_later(tmp_path, 2, Hosts(), lost)
+    with refused("workdir", "no longer held"):
+        save_best(tmp_path, 2, tiny(), params, Hosts(), lost)
+    assert [folder.name for folder in (tmp_path / "best" / "checkpoints").iterdir()] == ["4"]
 
 
 def test_a_checkpoint_has_its_name_only_when_it_is_on_the_disk(tmp_path, tiny, monkeypatch):

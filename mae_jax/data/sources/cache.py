@@ -16,6 +16,7 @@ from pathlib import Path
 import filelock
 
 from mae_jax.errors import StatedError
+from mae_jax.files import whole
 
 LIMIT = "MAE_JAX_CACHE_GB"
 _PARTIAL, _LOCK = ".partial", ".lock"  # a file that is being fetched, and the lock of who fetches it
@@ -67,8 +68,7 @@ def check_room(size: int, origin: str) -> None:
 
 
 def _fetch(path: Path, size: int, get: Callable[[str], None], origin: str) -> None:
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
+    with whole(path, path.with_name(path.name + _PARTIAL)) as partial:
         _make_room(path.parent, size, origin)
         get(str(partial))
         with partial.open("rb") as file:
@@ -79,9 +79,6 @@ def _fetch(path: Path, size: int, get: Callable[[str], None], origin: str) -> No
                 "Copy or prepare it again.",
                 field="dataset.json",
             )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _hold(path: Path) -> Held | None:

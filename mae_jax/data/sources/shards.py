@@ -5,7 +5,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mae_jax.errors import StatedError
+from mae_jax.files import whole
 
 
 class OnDisk(NamedTuple):
@@ -125,14 +126,9 @@ class Storage:
           StatedError: it cannot be written.
         """
         if self.is_local:
-            path = self.folder / f".{name}.partial"
-            try:
-                with self._stated(name):
-                    yield path
-                    os.replace(path, self._path(name))
-            finally:
-                with suppress(FileNotFoundError):
-                    path.unlink()
+            # Always the same: what a killed process left there is written over.
+            with self._stated(name), whole(self.folder / name, self.folder / f".{name}.partial") as path:
+                yield path
         else:
             with tempfile.TemporaryDirectory() as elsewhere, self._stated(name):
                 path = Path(elsewhere, name)

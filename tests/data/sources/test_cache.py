@@ -17,6 +17,7 @@ from mae_jax.data.sources.cache import LIMIT, Held, check_room, fetch
 from mae_jax.data.sources.records import RecordSource
 from mae_jax.data.sources.source import open_source
 from tests.data.records import Make, prepared
+from tests.disk import REPLACED, recorded
 from tests.refusals import refused
 
 ROOT = Path(__file__).parents[3]
@@ -72,6 +73,13 @@ def test_a_shard_that_came_damaged_is_not_kept(make_folder: Make, cache: Path) -
     with refused("dataset.json", "has SHA-256", "was changed or came damaged"):
         remote.file(0)
     assert kept(cache) == []
+
+
+def test_a_file_is_on_the_disk_when_it_has_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has its name is not summed up again, and a power cut must not have emptied it."""
+    order = recorded(monkeypatch)
+    fetched(1).close()
+    assert order == [str(cache / f"{sha256(contents(1))}.partial"), REPLACED, str(cache)]
 
 
 def test_a_file_is_fetched_once_for_all_threads(cache: Path) -> None:
