@@ -89,8 +89,11 @@ def _seeds(tuned: FinetuneConfig) -> Pairs:
     for seed, params in zip(seeds, drawn, strict=True):
         kernel = draws.normal(draws.device_key(seed, "head"), (WIDE.encoder.width, CLASSES), tuned.model.dtype)
         yield Pair("initial weights", f"head, seed {seed}", params["head"]["kernel"], tuned.head_std * kernel, "normal")
-    first, second = (params["encoder"]["patch_embed"]["kernel"] for params in drawn)
-    yield Pair("initial weights", "other seed, other weights", bool((first == second).any()), False, "exact")
+    pretrained = [objective.Pretraining(PretrainConfig(model=tuned.model, seed=seed)).init() for seed in seeds]
+    for what, (one, other) in {"pretraining": pretrained, "classifier": drawn}.items():
+        kernels = (params["encoder"]["patch_embed"]["kernel"] for params in (one, other))
+        same = bool(np.equal(*map(np.asarray, kernels)).any())
+        yield Pair("initial weights", f"{what}, other seed, other weights", same, False, "exact")
 
 
 def _first_state(tuned: FinetuneConfig) -> Pairs:
