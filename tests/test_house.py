@@ -19,6 +19,7 @@ LAYERS = (
     "mae_jax.port",
     "mae_jax.storage",
     "mae_jax.hosts",
+    "mae_jax.joining",
     "mae_jax.launchers",
     "mae_jax.train",
     "mae_jax.data",
