@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from mae_jax.storage.checkpoints import load_params
+from mae_jax.storage.loading import load_params
 
 from .conftest import TINY, Run, Start
 from .test_pretrain import rows
