@@ -1,4 +1,4 @@
-"""Several hosts as one run, through jax.distributed: how they meet, what they exchange, how they part.
+"""Several hosts as one run, through jax.distributed: what they exchange, and how they part (joining.py: how they meet).
 
 A host is one process of JAX: one for each machine, or one for each GPU where the launcher starts them so. Host 0
 coordinates: it holds the service that the others join through, and its key-value store.
@@ -6,12 +6,10 @@ coordinates: it holds the service that the others join through, and its key-valu
 How JAX behaves (0.10, on CPUs), and what follows from it here:
 
 - Every host sends heartbeats from a C++ thread, so that one that compiles or is stopped for a minute stays; after
-  HEARTBEAT seconds without them the service takes it for gone.
+  `joining.HEARTBEAT` seconds without them the service takes it for gone.
 - When host 0 is gone, or the service takes another for gone, JAX ends the process by SIGABRT (exit code 134) with a
   C++ stack; Python is not asked. Where a connection between two hosts breaks first, the step raises at once, and
   `joined` makes a sentence of it.
-- `initialize` aborts in the same way where not all hosts come in time, and crashes where its port is in use. So the
-  port is tried before, and each host waits for the first by a plain connection.
 - SIGTERM is caught by JAX's preemption service after `initialize`, in C++ (`runs/stop.py`).
 - A host that leaves by an exception waits for the others at the exit barrier, and they for it in a step: it must end
   by `os._exit`.
@@ -23,8 +21,6 @@ import importlib.util
 import itertools
 import os
 import re
-import socket
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -33,17 +29,21 @@ import jax
 
 from mae_jax.config import Run
 from mae_jax.errors import StatedError
-from mae_jax.launchers import Joining, plan_joining, visible_gpus
 
-START_WITHIN = 100  # seconds for all hosts to come
-HEARTBEAT = 100  # seconds without a heartbeat after which a host is gone; one that is stopped for a minute is not
 GATHER_WITHIN = 600  # seconds for all hosts to come to the same `gather`
 LINGER = 1.5  # seconds that a host 0 that fails keeps its store up, for the others to read why
 
-# What to look for where hosts do not meet.
-WHAT = (
-    "whether each was started with the same --coordinator and --num-processes and its own --process-id, and whether "
-    "the port is open"
+# Each variable that can make a process one of several, or stop one that cannot join; launchers.py reads them.
+SIGNS = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+    "WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "PMI_RANK",
+    "PMIX_RANK",
+    "SLURM_STEP_NUM_TASKS",
 )
 
 # How an error of a collective operation begins, whichever library raised it: a status of absl.
@@ -111,10 +111,6 @@ class Hosts:
 ALONE = Hosts()
 
 
-def _report(text: str) -> None:
-    print(f"mae-jax: {text}", file=sys.stderr, flush=True)
-
-
 def _store() -> Any:
     # There is no public name for it; Orbax and Flax take it in the same way.
     from jax._src import distributed  # noqa: PLC0415
@@ -132,9 +128,11 @@ def joined(config: Run) -> Iterator[Hosts]:
       StatedError: this is one of several and cannot join, a host has not come, has failed or is gone, or JAX finds no
         device.
     """
-    installed = {name for name in ("libtpu", "kubernetes") if importlib.util.find_spec(name)}
-    joining = plan_joining(config, os.environ, installed, visible_gpus())
-    several = joining is not None and _join(joining)
+    several = False
+    if _may_be_several(config):
+        from mae_jax.joining import join  # noqa: PLC0415 - nothing of it concerns a process that is alone
+
+        several = join(config)
     check_platform()
     if not several:
         yield ALONE
@@ -150,6 +148,13 @@ def joined(config: Run) -> Iterator[Hosts]:
             raise
         raise StatedError(reason) from error
     jax.distributed.shutdown()
+
+
+def _may_be_several(config: Run) -> bool:
+    """Return whether the flags, the environment or a TPU's library can make this process one of several."""
+    if config.num_processes is not None:
+        return config.num_processes > 1
+    return importlib.util.find_spec("libtpu") is not None or any(os.environ.get(name) for name in SIGNS)
 
 
 def collective_failure(error: BaseException) -> BaseException | None:
@@ -181,81 +186,6 @@ def _explain(error: BaseException, hosts: Hosts, config: Run) -> str:
     if collective_failure(error) is not None:
         return f"an operation of all {hosts.count} hosts has failed, as it does when one is gone ({first}). {again}"
     return first
-
-
-def _join(joining: Joining) -> bool:
-    """Meet the other hosts; False where JAX, asked on a TPU's behalf, finds none."""
-    if joining.coordinator is not None and joining.process_id is not None:
-        if joining.process_id == 0:
-            _check_port(joining.coordinator)
-        else:
-            _wait_for_first(joining, joining.coordinator)
-    _report(
-        f"{joining.name} joins by {joining.by}. If not all come within {START_WITHIN} s, JAX aborts: see then {WHAT}"
-    )
-    try:
-        jax.distributed.initialize(
-            joining.coordinator,
-            joining.num_processes,
-            joining.process_id,
-            local_device_ids=list(joining.local_device_ids),
-            cluster_detection_method=joining.method,
-            initialization_timeout=START_WITHIN,
-            heartbeat_timeout_seconds=HEARTBEAT,
-        )
-    except ValueError:
-        if joining.num_processes is not None:
-            raise
-        return False  # libtpu without a TPU
-    except RuntimeError as error:
-        raise StatedError(
-            f"{joining.name} cannot join by {joining.by} ({str(error).partition(chr(10))[0]}): see {WHAT}",
-            field="coordinator",
-        ) from error
-    return jax.process_count() > 1
-
-
-def _check_port(coordinator: str) -> None:
-    """Refuse a port that host 0 cannot listen on.
-
-    Raises:
-      StatedError: it is in use, or not allowed.
-    """
-    port = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator).rpartition(":")[2]
-    try:
-        # On all addresses, as JAX does. What is left there of connections that have ended does not count.
-        socket.create_server(("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True).close()
-    except OSError as error:
-        raise StatedError(
-            f"coordinator {coordinator}: host 0 cannot listen on port {port} ({error.strerror}): give another one to "
-            "all hosts",
-            field="coordinator",
-        ) from error
-
-
-def _wait_for_first(joining: Joining, coordinator: str) -> None:
-    """Wait until host 0 listens, and say what is in the way as soon as it is.
-
-    Raises:
-      StatedError: it does not listen in time.
-    """
-    host, _, port = coordinator.rpartition(":")
-    until, reason = time.monotonic() + START_WITHIN, ""
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except OSError as error:
-            if time.monotonic() > until:
-                raise StatedError(
-                    f"coordinator {coordinator} has not answered within {START_WITHIN} s ({error}): see {WHAT}",
-                    field="coordinator",
-                ) from error
-            if str(error) != reason:
-                reason = str(error)
-                _report(f"{joining.name} waits up to {START_WITHIN} s for host 0 at {coordinator} ({reason})")
-            time.sleep(0.5)
-        else:
-            return
 
 
 def check_platform() -> None:

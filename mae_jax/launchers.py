@@ -22,8 +22,10 @@ from mae_jax.errors import StatedError
 class Launcher:
     """The environment variables from which a process that something started as one of several knows which it is.
 
-    local_count, local_index: the same among those on its machine. method: JAX's detection that finds host 0 from the
-    variables `detected_by`.
+    local_count, local_index: the same among those on its machine. Where local_count lists the counts of all machines
+    (2(x3),1 is 2, 2, 2 and 1), `machines` says how many those are, and `machine` which of them this one is.
+    method: JAX's detection that finds host 0 from the variables `detected_by`.
+    decides: its index holds, whatever another launcher of as many processes says.
     """
 
     name: str
@@ -33,12 +35,15 @@ class Launcher:
     local_index: str = ""
     method: str | None = None
     detected_by: tuple[str, ...] = ()
+    machines: str = ""
+    machine: str = ""
+    decides: bool = False
 
 
 # The innermost first: a torchrun may be started by Slurm, not the other way round. A count of 1 decides nothing: what
 # the next one started may be one of several. SLURM_NTASKS is the job's, and set in its shells too; a step is what runs.
 LAUNCHERS = (
-    Launcher("JAX", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+    Launcher("JAX", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", decides=True),
     Launcher("torchrun", "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"),
     Launcher(
         "Open MPI",
@@ -58,6 +63,8 @@ LAUNCHERS = (
         "SLURM_LOCALID",
         "slurm",
         ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+        machines="SLURM_STEP_NUM_NODES",
+        machine="SLURM_NODEID",
     ),
 )
 
@@ -67,6 +74,7 @@ class Joining:
     """How this process joins the others; what is None, JAX finds out by `method` or, on a TPU, by the TPU's metadata.
 
     local_device_ids: the GPUs that this process uses, by number; none where it is to use all that it finds.
+    may_be_alone: nothing says that there are others; JAX asks where it runs, without the coordinator.
     """
 
     by: str
@@ -75,6 +83,7 @@ class Joining:
     process_id: int | None = None
     local_device_ids: tuple[int, ...] = ()
     method: str | None = None
+    may_be_alone: bool = False
 
     @property
     def name(self) -> str:
@@ -137,7 +146,7 @@ def _launched(environment: Mapping[str, str]) -> Joining | None:
     if not indices:
         raise _unjoinable(same[0], count, "N", f"{same[0].index} is not set")
     first, index = next(iter(indices.items()))
-    if first.name != "JAX" and len(set(indices.values())) > 1:
+    if not first.decides and len(set(indices.values())) > 1:
         values = " and ".join(f"{launcher.index} {index}" for launcher, index in indices.items())
         raise _unjoinable(first, count, "N", f"its number is open: {values}")
     if index >= count:
@@ -192,7 +201,7 @@ def _detected(environment: Mapping[str, str], installed: Container[str]) -> Join
     """
     address = environment.get("JAX_COORDINATOR_ADDRESS")
     if "libtpu" in installed:
-        return Joining("the TPU's metadata", address)
+        return Joining("the TPU's metadata", address, may_be_alone=True)
     known = [launcher.count for launcher in LAUNCHERS if environment.get(launcher.count)]
     if not address or known:
         return None
@@ -213,7 +222,7 @@ def _check_proxy(joining: Joining, environment: Mapping[str, str]) -> None:
       StatedError: the variable that names the proxy.
     """
     proxy = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if environment.get(name)), None)
-    if proxy is None or joining.by == "the TPU's metadata":
+    if proxy is None or joining.may_be_alone:
         return
     left_out = environment.get("no_grpc_proxy", environment.get("no_proxy", ""))
     entries = [entry.strip().lower() for entry in left_out.split(",") if entry.strip()]
@@ -269,14 +278,14 @@ def _own_gpus(joining: Joining, environment: Mapping[str, str], gpus: int) -> tu
 
 
 def _processes_here(environment: Mapping[str, str], launcher: Launcher) -> int | None:
-    """Read how many processes the launcher has started on this machine; Slurm writes 2(x3),1 for 2, 2, 2 and 1."""
-    if launcher.name != "Slurm":
+    """Read how many processes the launcher has started on this machine."""
+    if not launcher.machine:
         return _number(environment, launcher.local_count)
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get(launcher.local_count, ""))
     machines = [int(tasks) for tasks, times in runs for _ in range(int(times or 1))]
-    if not machines and (nodes := _number(environment, "SLURM_STEP_NUM_NODES")):
+    if not machines and (nodes := _number(environment, launcher.machines)):
         return int(environment[launcher.count]) // nodes
-    machine = _number(environment, "SLURM_NODEID") or 0
+    machine = _number(environment, launcher.machine) or 0
     return machines[machine] if machine < len(machines) else None
 
 

@@ -330,7 +330,7 @@ def outcome(workdir: Path) -> tuple[dict[int, tuple[float, float]], dict[str, in
     import jax
     import numpy as np
 
-    from mae_jax.storage.checkpoints import load_params
+    from mae_jax.storage.loading import load_params
     from mae_jax.storage.workdir import find_checkpoint, read_record
 
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

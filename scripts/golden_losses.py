@@ -64,7 +64,7 @@ def parameters(run: Path) -> dict[str, list[str]]:
     import jax
     import numpy as np
 
-    from mae_jax.storage.checkpoints import load_any
+    from mae_jax.storage.loading import load_any
 
     jax.config.update("jax_enable_x64", True)
     _, params, _ = load_any(run)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from mae_jax import hosts as module
+from mae_jax import joining
 from mae_jax.hosts import Hosts, check_platform, joined
 from tests.processes import free_port
 from tests.refusals import refused
@@ -170,11 +171,11 @@ def test_a_port_in_use_is_refused(tiny, address):
 
 @pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "Connection refused"), ("nowhere.invalid", "Errno -")])
 def test_where_nobody_listens_the_reason_is_given_at_once(tiny, monkeypatch, capsys, host, reason):
-    monkeypatch.setattr(module, "START_WITHIN", 0)
+    monkeypatch.setattr(joining, "START_WITHIN", 0)
     config = tiny(coordinator=f"{host}:{free_port()}", process_id=1, num_processes=2, engine="jit")
     with refused("coordinator", "--process-id", reason), joined(config):
         pass
-    monkeypatch.setattr(module, "START_WITHIN", 0.3)
+    monkeypatch.setattr(joining, "START_WITHIN", 0.3)
     with refused("coordinator"), joined(config):
         pass
     assert f"host 1 of 2 waits up to 0.3 s for host 0 at {config.coordinator} (" in capsys.readouterr().err

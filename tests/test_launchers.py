@@ -1,9 +1,12 @@
 """One table: what is in the environment, and what a process does with it."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mae_jax.config import PretrainConfig
-from mae_jax.launchers import Joining, plan_joining
+from mae_jax.hosts import SIGNS
+from mae_jax.launchers import LAUNCHERS, Joining, plan_joining
 from tests.refusals import refused
 
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
@@ -66,6 +69,21 @@ def test_alone(environment, fields, installed):
     assert plan(environment, 8, installed, engine="pmap", **fields) is None
 
 
+VARIABLES = {name for one in (KUBEFLOW, POD, STEP, ARRAY, MPI4, TORCHRUN, HYDRA) for name in one}
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(VARIABLES | {"http_proxy", "JOB_COMPLETION_INDEX"})),
+        st.sampled_from(["0", "1", "2", "n[1-2]", "10.0.0.1:1234"]),
+    )
+)
+def test_without_a_sign_the_environment_joins_nobody(environment):
+    """So that `hosts.joined` need not ask."""
+    assert {launcher.count for launcher in LAUNCHERS} <= set(SIGNS)
+    assert plan({name: value for name, value in environment.items() if name not in SIGNS}, 8, ("kubernetes",)) is None
+
+
 @pytest.mark.parametrize(
     ("environment", "installed", "fields", "joining"),
     [
@@ -84,7 +102,7 @@ def test_alone(environment, fields, installed):
         (MPI | ADDRESS, (), {}, Joining("Open MPI", "10.0.0.1:1234", 2, 1)),
         (TORCHRUN | ADDRESS, (), {}, Joining("torchrun", "10.0.0.1:1234", 2, 1)),
         (HYDRA | ADDRESS, (), {}, Joining("PMI", "10.0.0.1:1234", 2, 1)),
-        ({}, ("libtpu",), {}, Joining("the TPU's metadata")),
+        ({}, ("libtpu",), {}, Joining("the TPU's metadata", may_be_alone=True)),
         (
             ADDRESS | POD | {"JOB_COMPLETION_INDEX": "3"},
             ("kubernetes",),

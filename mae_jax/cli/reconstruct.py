@@ -32,7 +32,7 @@ def reconstruct(
     check_picture(out)
     prepare_jax(precision(run))
     from mae_jax.data.images.decode import prepare_decoder
-    from mae_jax.evaluation.reconstruct import reconstruction_sheet
+    from mae_jax.evaluation.sheet import reconstruction_sheet
 
     prepare_decoder()
     save_picture(reconstruction_sheet(run, images, mask_ratio=mask_ratio, seed=seed, samples=samples), out)

@@ -6,7 +6,6 @@ A program that calls mae_jax from Python has none of these handlers.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -78,8 +77,6 @@ def _answer(reader: socket.socket, taken: list[signal.Signals], request: "StopRe
             _report(f"{number.name}: {request.outlook()}")
             continue
         _report(f"{number.name}: ended at once; what is since step {request.newest()} is lost. Run again, it continues")
-        for child in multiprocessing.active_children():
-            child.kill()
         os._exit(128 + number)
 
 

@@ -15,7 +15,7 @@ from mae_jax.models.classifier import Classifier
 from mae_jax.port.infer_config import Hints
 from mae_jax.port.keys import Config, encoder_config
 from mae_jax.port.read import is_run, read_weights, require_applicable
-from mae_jax.storage.checkpoints import load_params
+from mae_jax.storage.loading import load_params
 from mae_jax.storage.workdir import find_checkpoint, read_record
 from mae_jax.train.step import init_state
 

@@ -1,9 +1,6 @@
-"""Pictures of reconstructions: what `mae-jax reconstruct` and a pretraining run draw."""
+"""Reconstructions of images, and a picture of them, as a pretraining run draws it."""
 
-import dataclasses
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import jax
@@ -14,15 +11,11 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from mae_jax import rng
-from mae_jax.config import AugmentConfig, ModelConfig, PretrainConfig, wide
-from mae_jax.data.evaluation import load_images, load_samples
-from mae_jax.data.sources.source import open_source
-from mae_jax.errors import StatedError
+from mae_jax.config import AugmentConfig, ModelConfig, wide
 from mae_jax.models import Params
 from mae_jax.models.mae import MaskedAutoencoder, Output, from_coefficients, patch_statistics
 from mae_jax.models.masking import Noise
 from mae_jax.models.patches import patchify, unpatchify
-from mae_jax.storage.checkpoints import load_params
 from mae_jax.train.objective import normalise_images
 
 Bytes = UInt8[Array, "batch height width channels"]
@@ -132,34 +125,3 @@ def draw(views: list[View], title: str) -> Image.Image:
             enlarged = shown.resize((width * scale, height * scale), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left, top + row * (cell_height + gap)))
     return sheet
-
-
-def reconstruction_sheet(
-    run: Path, files: Sequence[str], *, mask_ratio: float | None = None, seed: int = 0, samples: int = 8
-) -> Image.Image:
-    """Draw reconstructions of image files, or of `samples` images of the data that the run was trained on.
-
-    Raises:
-      StatedError: no checkpoint, a file does not decode, or the mask ratio does not fit the model.
-    """
-    config, params, step = load_params(run, part="all")
-    model = config.model
-    if mask_ratio is not None:
-        try:
-            model = dataclasses.replace(model, mask_ratio=mask_ratio)
-        except ValueError as error:
-            raise StatedError(str(error), field="mask_ratio") from error
-    share = config.augment.evaluation_crop
-    images = load_images(files, model.image_hw, model.in_channels, share) if files else _samples(config, seed, samples)
-    views = reconstruct(params, images, sample_noise(seed, len(images), model), model, config.augment)
-    shown = f"{len(files)} files" if files else config.data
-    return draw(views, f"{shown}, step {step}, {1 - model.keep / model.num_patches:.1%} of patches hidden")
-
-
-def _samples(config: PretrainConfig, seed: int, count: int) -> np.ndarray:
-    """Load some images of the data that a run was trained on, the same for every run of this seed."""
-    source = open_source(config.data, config.model.in_channels)
-    if not 1 <= count <= len(source):
-        raise StatedError(f"samples {count} is not in 1 .. {len(source)}, the images of {config.data}", field="samples")
-    order = rng.host_generator(seed, "samples", 0).permutation(len(source))
-    return load_samples(source, order.tolist(), count, config.model.image_hw, config.augment.evaluation_crop)

@@ -3,7 +3,7 @@
 Not what a compiler executes: recomputation does not count, and what it merges or drops does.
 """
 
-from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
+from mae_jax.config import ModelConfig, TransformerConfig
 
 
 def stack_flops(stack: TransformerConfig, tokens: int) -> int:
@@ -26,14 +26,6 @@ def forward_flops(config: ModelConfig) -> int:
         + config.num_patches * decoder_width * config.target_dim
     )
     return 2 * ends + stack_flops(config.encoder, seen) + stack_flops(config.decoder, full)
-
-
-def classifier_flops(config: ClassifierConfig) -> int:
-    """Count one image's forward pass through a classifier: every patch is visible."""
-    model = config.model
-    tokens, width = model.num_patches + int(model.class_token), model.encoder.width
-    ends = model.num_patches * model.patch_dim * width + width * config.classes
-    return 2 * ends + stack_flops(model.encoder, tokens)
 
 
 def training_flops(config: ModelConfig) -> int:

@@ -18,7 +18,7 @@ from mae_jax.port.layouts import Layout, detect, from_layout, in_decoder
 from mae_jax.port.metadata import CONFIG, check_architecture, hints_in, metadata_beside, normalisation_in, read_json
 from mae_jax.port.tensors import Contents, read_file
 from mae_jax.port.weights import Weights, default_normalisation, for_image_size
-from mae_jax.storage.checkpoints import load_any
+from mae_jax.storage.loading import load_any
 from mae_jax.train.classification import BATCH_NORM_EPS, fold_batch_norm
 
 _WANTED = ("config.json", "preprocessor_config.json")

@@ -160,7 +160,7 @@ def verify(weights: Weights, path: Path, to: Format, part: Part, dtype: FileDtyp
 
 
 def _read_back(weights: Weights, path: Path, config: Config, part: Part) -> tuple[Params, Receiver]:
-    from mae_jax.storage.checkpoints import load_params  # noqa: PLC0415
+    from mae_jax.storage.loading import load_params  # noqa: PLC0415
 
     _, params, _ = load_params(path)
     tensors = weights.tensors

@@ -9,7 +9,7 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def digits() -> PretrainConfig:
-    """A small encoder on the 1,797 bundled handwritten digits (8x8, patch 2).
+    """Pretrain a small encoder on the 1,797 bundled handwritten digits (8x8, patch 2).
 
     mae-jax pretrain digits    (1.5 minutes on two cores; 20-NN accuracy 87 %, untrained 59 %)
     """
@@ -34,7 +34,7 @@ def digits() -> PretrainConfig:
 
 
 def cifar10_small() -> PretrainConfig:
-    """2.8 M parameters on CIFAR-10's 32x32 photographs as image files, patch 4: minutes on a CPU, for a first look.
+    """Pretrain 2.8 M parameters on CIFAR-10's 32x32 photographs as image files, patch 4, for a first look on a CPU.
 
     mae-jax pretrain cifar10_small --data folder:PATH    (PATH/train/<class>/*.jpg)
     """
@@ -59,7 +59,7 @@ def cifar10_small() -> PretrainConfig:
 
 
 def cifar10_tiny() -> PretrainConfig:
-    """ViT-Tiny on CIFAR-10 at patch 2: whole images, no crops or flips, positions learnt, plain pixels.
+    """Pretrain ViT-Tiny on CIFAR-10 at patch 2: whole images, no crops or flips, positions learnt, plain pixels.
 
     mae-jax pretrain cifar10_tiny --data folder:PATH    (PATH/train/<class>/*.jpg)
     5.55 GFLOP an image x 50,000 x 2,000 = 5.5e17 FLOP.
@@ -84,7 +84,7 @@ def cifar10_tiny() -> PretrainConfig:
 
 
 def mnist_tutorial() -> PretrainConfig:
-    """155 thousand parameters on MNIST's 28x28 digits, patch 4, no class token: the size of a tutorial.
+    """Pretrain 155 thousand parameters on MNIST's 28x28 digits, patch 4, no class token: the size of a tutorial.
 
     mae-jax pretrain mnist_tutorial    (TFDS_DATA_DIR is where TensorFlow Datasets has put MNIST)
     0.0171 GFLOP an image x 60,000 x 64 = 6.6e13 FLOP. No figure is published for it.
@@ -109,7 +109,7 @@ def mnist_tutorial() -> PretrainConfig:
 
 
 def lightly_voc() -> PretrainConfig:
-    """ViT-B/32 with a decoder of one block on Pascal VOC 2012, 10 epochs: Lightly's example of MAE.
+    """Pretrain ViT-B/32 with a decoder of one block on Pascal VOC 2012, 10 epochs: Lightly's example of MAE.
 
     mae-jax pretrain lightly_voc    (TFDS_DATA_DIR is where TensorFlow Datasets has put VOC)
     On two hosts, each with its own number: mae-jax pretrain lightly_voc --engine jit --coordinator HOST:PORT
@@ -144,7 +144,7 @@ def _imagenet(model: str, epochs: float) -> PretrainConfig:
 
 
 def imagenet_vit_small() -> PretrainConfig:
-    """ViT-S/16, 800 epochs, normalised pixels: the paper's recipe on a size that it does not report.
+    """Pretrain ViT-S/16 for 800 epochs on normalised pixels: the paper's recipe on a size that it does not report.
 
     mae-jax pretrain imagenet_vit_small --data folder:PATH
     39.0 GFLOP an image x 1.28 M x 800 = 4.0e19 FLOP.
@@ -153,7 +153,7 @@ def imagenet_vit_small() -> PretrainConfig:
 
 
 def imagenet_vit_base() -> PretrainConfig:
-    """ViT-B/16, 1,600 epochs, normalised pixels (He et al. 2021, Table 8).
+    """Pretrain ViT-B/16 for 1,600 epochs on normalised pixels (He et al. 2021, Table 8).
 
     mae-jax pretrain imagenet_vit_base --data folder:PATH    (--epochs 800: the paper's shorter schedule)
     58.7 GFLOP an image x 1.28 M x 1,600 = 1.2e20 FLOP; fine-tunes to 83.6 % (Table 3).
@@ -162,7 +162,7 @@ def imagenet_vit_base() -> PretrainConfig:
 
 
 def imagenet_vit_large() -> PretrainConfig:
-    """ViT-L/16, 1,600 epochs, normalised pixels (He et al. 2021, Table 8).
+    """Pretrain ViT-L/16 for 1,600 epochs on normalised pixels (He et al. 2021, Table 8).
 
     mae-jax pretrain imagenet_vit_large --data folder:PATH    (--epochs 800: the paper's shorter schedule)
     124.5 GFLOP an image x 1.28 M x 1,600 = 2.6e20 FLOP; fine-tunes to 85.9 % (Table 3).
@@ -171,7 +171,7 @@ def imagenet_vit_large() -> PretrainConfig:
 
 
 def imagenet_vit_huge() -> PretrainConfig:
-    """ViT-H/14, 1,600 epochs, normalised pixels (He et al. 2021, Table 8).
+    """Pretrain ViT-H/14 for 1,600 epochs on normalised pixels (He et al. 2021, Table 8).
 
     mae-jax pretrain imagenet_vit_huge --data folder:PATH    (--epochs 800: the paper's shorter schedule)
     291 GFLOP an image x 1.28 M x 1,600 = 6.0e20 FLOP; fine-tunes to 86.9 % (Table 3).
@@ -180,7 +180,7 @@ def imagenet_vit_huge() -> PretrainConfig:
 
 
 def vit_base_learned_positions() -> PretrainConfig:
-    """ViT-B/16, 1,600 epochs, normalised pixels; encoder and decoder learn their positions.
+    """Pretrain ViT-B/16 for 1,600 epochs on normalised pixels; encoder and decoder learn their positions.
 
     mae-jax pretrain vit_base_learned_positions --data folder:PATH    (--epochs 800: the paper's shorter schedule)
     58.7 GFLOP an image x 1.28 M x 1,600 = 1.2e20 FLOP. The paper's positions are fixed: it has no figure for this.

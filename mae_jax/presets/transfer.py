@@ -44,7 +44,7 @@ def _imagenet_finetune(
 
 
 def imagenet_vit_base() -> FinetuneConfig:
-    """ViT-B/16, 100 epochs end to end (He et al. 2021, Table 9).
+    """Fine-tune ViT-B/16 for 100 epochs end to end (He et al. 2021, Table 9).
 
     mae-jax finetune imagenet_vit_base --init runs/imagenet_vit_base_patch16 --data folder:PATH
     105 GFLOP an image x 1.28 M x 100 = 1.35e19 FLOP; 83.6 % top-1 after 1,600 epochs of pretraining (Table 3).
@@ -53,7 +53,7 @@ def imagenet_vit_base() -> FinetuneConfig:
 
 
 def imagenet_vit_large() -> FinetuneConfig:
-    """ViT-L/16, 50 epochs end to end (He et al. 2021, Table 9).
+    """Fine-tune ViT-L/16 for 50 epochs end to end (He et al. 2021, Table 9).
 
     mae-jax finetune imagenet_vit_large --init runs/imagenet_vit_large_patch16 --data folder:PATH
     369 GFLOP an image x 1.28 M x 50 = 2.4e19 FLOP; 85.9 % top-1 after 1,600 epochs of pretraining (Table 3).
@@ -62,8 +62,10 @@ def imagenet_vit_large() -> FinetuneConfig:
 
 
 def imagenet_vit_huge() -> FinetuneConfig:
-    """ViT-H/14, 50 epochs end to end (He et al. 2021, Table 9); at a higher resolution with
-    --model.image-size 448 --augment.evaluation-crop 1 (the authors crop evaluations up to 224 only).
+    """Fine-tune ViT-H/14 for 50 epochs end to end (He et al. 2021, Table 9).
+
+    At a higher resolution with --model.image-size 448 --augment.evaluation-crop 1 (the authors crop evaluations up to
+    224 only).
 
     mae-jax finetune imagenet_vit_huge --init runs/imagenet_vit_huge_patch14 --data folder:PATH
     1,004 GFLOP an image x 1.28 M x 50 = 6.4e19 FLOP; 86.9 % top-1 after 1,600 epochs of pretraining (Table 3).
@@ -72,7 +74,7 @@ def imagenet_vit_huge() -> FinetuneConfig:
 
 
 def digits() -> FinetuneConfig:
-    """The encoder of `mae-jax pretrain digits`, whole, on four fifths of the digits.
+    """Fine-tune the whole encoder of `mae-jax pretrain digits` on four fifths of the digits.
 
     mae-jax finetune digits --init runs/digits    (half a minute on two cores)
     """
@@ -94,7 +96,7 @@ def digits() -> FinetuneConfig:
 
 
 def cifar10_tiny() -> FinetuneConfig:
-    """ViT-Tiny with patches of 2 on CIFAR-10, 100 epochs on the class token, images as they are.
+    """Fine-tune ViT-Tiny with patches of 2 on CIFAR-10 for 100 epochs, on the class token, images as they are.
 
     mae-jax finetune cifar10_tiny --init runs/cifar10_tiny --data folder:PATH
     10 GFLOP an image x 50,000 x 100 = 5e16 FLOP. A PyTorch run of this recipe reports 89.77 % with pretraining and
@@ -115,7 +117,7 @@ def cifar10_tiny() -> FinetuneConfig:
 
 
 def mnist_tutorial() -> FinetuneConfig:
-    """A classifier on the encoder of `mae-jax pretrain mnist_tutorial`, ten epochs with its optimizer.
+    """Fine-tune the encoder of `mae-jax pretrain mnist_tutorial` for ten epochs with its own optimizer.
 
     mae-jax finetune mnist_tutorial --init runs/mnist_tutorial
     """
@@ -165,7 +167,7 @@ def _imagenet_probe(name: str) -> FinetuneConfig:
 
 
 def probe_imagenet_vit_base() -> FinetuneConfig:
-    """ViT-B/16, 90 epochs of the linear head (He et al. 2021, Table 10).
+    """Train a linear head on the frozen ViT-B/16 for 90 epochs (He et al. 2021, Table 10).
 
     mae-jax probe imagenet_vit_base --init runs/imagenet_vit_base_patch16 --data folder:PATH
     35 GFLOP an image x 1.28 M x 90 = 4.0e18 FLOP; the authors publish 67.8 % top-1 for their checkpoint
@@ -175,7 +177,7 @@ def probe_imagenet_vit_base() -> FinetuneConfig:
 
 
 def probe_imagenet_vit_large() -> FinetuneConfig:
-    """ViT-L/16, 90 epochs of the linear head (He et al. 2021, Table 10; the authors find 50 sufficient).
+    """Train a linear head on the frozen ViT-L/16 for 90 epochs (He et al. 2021, Table 10; the authors: 50 suffice).
 
     mae-jax probe imagenet_vit_large --init runs/imagenet_vit_large_patch16 --data folder:PATH
     123 GFLOP an image x 1.28 M x 90 = 1.4e19 FLOP; the authors publish 76.0 % top-1 for their checkpoint
@@ -185,7 +187,7 @@ def probe_imagenet_vit_large() -> FinetuneConfig:
 
 
 def probe_imagenet_vit_huge() -> FinetuneConfig:
-    """ViT-H/14, 90 epochs of the linear head (He et al. 2021, Table 10; the authors find 50 sufficient).
+    """Train a linear head on the frozen ViT-H/14 for 90 epochs (He et al. 2021, Table 10; the authors: 50 suffice).
 
     mae-jax probe imagenet_vit_huge --init runs/imagenet_vit_huge_patch14 --data folder:PATH
     335 GFLOP an image x 1.28 M x 90 = 3.9e19 FLOP; the authors publish 77.2 % top-1 for their checkpoint
@@ -195,7 +197,7 @@ def probe_imagenet_vit_huge() -> FinetuneConfig:
 
 
 def probe_digits() -> FinetuneConfig:
-    """A linear head on the frozen encoder of `mae-jax pretrain digits`, on four fifths of the digits.
+    """Train a linear head on the frozen encoder of `mae-jax pretrain digits`, on four fifths of the digits.
 
     mae-jax probe digits --init runs/digits    (half a minute on two cores)
     """
@@ -213,7 +215,7 @@ def probe_digits() -> FinetuneConfig:
 
 
 def probe_cifar10_tiny() -> FinetuneConfig:
-    """A linear head on the frozen encoder of `mae-jax pretrain cifar10_tiny`.
+    """Train a linear head on the frozen encoder of `mae-jax pretrain cifar10_tiny`.
 
     mae-jax probe cifar10_tiny --init runs/cifar10_tiny --data folder:PATH
     3.34 GFLOP an image x 50,000 x 90 = 1.5e16 FLOP.

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from mae_jax.errors import StatedError
 from mae_jax.files import write_atomically
-from mae_jax.runs.metrics import missing_steps, once_each, read_metrics
 from mae_jax.storage.workdir import METRICS_FILE
 
 
@@ -130,8 +129,15 @@ class RunLog:
 
     def __init__(self, workdir: Path, start: int, stop: int, every: int = 1) -> None:
         """Begin after the step `start`; `every`: the steps between two rows, of which missing ones are named."""
-        rows, doubled = once_each([row for row in read_metrics(workdir) if row["step"] <= start])
         file = workdir / METRICS_FILE
+        rows: list[dict[str, float]] = []
+        doubled: list[int] = []
+        missing: list[int] = []
+        if start or file.exists():  # a new run has none to read back
+            from mae_jax.runs.metrics import missing_steps, once_each, read_metrics  # noqa: PLC0415
+
+            rows, doubled = once_each([row for row in read_metrics(workdir) if row["step"] <= start])
+            missing = missing_steps(rows, start, every)
         try:
             write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
             self._file = file.open("a", buffering=1)
@@ -153,7 +159,7 @@ class RunLog:
             self._bar = tqdm(initial=start, total=stop, unit="step", dynamic_ncols=True)
         if doubled:
             self.message(f"WARNING: {file} had more than one row of {_steps(doubled)}: the last of each is kept")
-        if missing := missing_steps(rows, start, every):
+        if missing:
             self.message(f"WARNING: {file} has no row of {_steps(missing)}, which came before step {start}")
 
     @staticmethod

@@ -15,7 +15,7 @@ from mae_jax.runs.log import Log, RunLog, SilentLog, print_line
 from mae_jax.runs.loop import Callback, Finished, Loop, TrainingRun
 from mae_jax.runs.stop import StopRequest
 from mae_jax.storage.checkpoints import Checkpoints
-from mae_jax.storage.workdir import check_agreement, claimed
+from mae_jax.storage.workdir import claimed
 from mae_jax.train.build import Length, build_engine, run_length
 from mae_jax.train.engines import Engine
 from mae_jax.train.step import TrainState, init_state, make_objective, select
@@ -34,7 +34,10 @@ def run(config: Run, source: Source, hosts: Hosts, callback: Callback, stop: Sto
     with memory_errors(config), contextlib.ExitStack() as stack:
         # What is to be done, by whom, and with what: refused before anything is written.
         length = run_length(config, len(source))
-        check_agreement(hosts, config, len(source))
+        if hosts.count > 1:
+            from mae_jax.storage.agreement import check_agreement  # noqa: PLC0415
+
+            check_agreement(hosts, config, len(source))
         engine = build_engine(config, length)
 
         # The folder, and the state to begin or to go on with.

@@ -1,4 +1,4 @@
-"""Checkpoints: the one file that knows Orbax.
+"""Checkpoints, of a run and of parameters alone; this file and loading.py, which reads parameters, know Orbax.
 
 A checkpoint is a folder: `state`, which Orbax writes; `record`, its metadata (see workdir.py); and checksums.json, the
 size and CRC-32 of each file. It has its name only when all of it is on the disk. Orbax's CheckpointManager is not
@@ -11,7 +11,6 @@ which files are summed and synced, has no counterpart yet.
 """
 
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -21,15 +20,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 
-from mae_jax.config import FinetuneConfig, PretrainConfig, Run
+from mae_jax.config import Run
 from mae_jax.errors import StatedError
 from mae_jax.files import Hold, read_json, sync, sync_tree, write_atomically
 from mae_jax.hosts import ALONE, Hosts, collective_failure
@@ -40,12 +39,10 @@ from mae_jax.storage.workdir import (
     RECORD,
     checkpoint_folders,
     config_to_dict,
-    find_checkpoint,
     numbered,
     read_record,
     unwritable,
 )
-from mae_jax.train.step import init_state
 
 Tree = TypeVar("Tree")
 
@@ -110,6 +107,11 @@ def _reason(error: BaseException) -> str:
     return words[:300] if code else f"{type(error).__name__}: {words[:300]}"
 
 
+def unread(error: Exception) -> str:
+    """Say why a checkpoint was not read, whatever raised it."""
+    return str(error) if isinstance(error, StatedError) else _reason(error)
+
+
 def _check_room(folder: Path, tree: Any) -> None:
     """Raise OSError where a checkpoint cannot be written: in the middle of it, TensorStore reports for each array."""
     os.utime(folder)  # a read-only disk, or no permission
@@ -132,7 +134,7 @@ def _fingerprint_version(folder: Path) -> int:
     return record.get("version") or SUMMED
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Read all files of a checkpoint, and compare them with its checksums, which version 0.1.0 did not write.
 
     Raises:
@@ -283,14 +285,14 @@ class Checkpoints:
         state: Any = None
         try:
             if self._hosts.first:
-                _check_files(folder)
+                check_files(folder)
             record = read_record(folder)
             if record.step not in (None, step):
                 raise DamagedError(f"it is the checkpoint of step {record.step}", field="checkpoint")
             with self._reader() as reader, _damage_of_old(record.version):
                 state = reader.restore(folder / "state", args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # whatever Orbax and its layers raise
-            failure = isinstance(error, DamagedError), str(error) if isinstance(error, StatedError) else _reason(error)
+            failure = isinstance(error, DamagedError), unread(error)
         answers = self._hosts.gather(f"restored {step}", json.dumps(failure))
         failures = sorted((answer for answer in map(json.loads, answers) if answer), reverse=True)  # damage first
         if failures:
@@ -392,7 +394,7 @@ class Exported(NamedTuple):
 
 
 def save_params(path: Path, config: Run, params: Params) -> None:
-    """Write parameters, of the whole model or of its encoder alone, as a checkpoint that `load_params` reads.
+    """Write parameters, of the whole model or of its encoder alone, as a checkpoint that `loading.load_params` reads.
 
     Raises:
       OSError, ValueError: it cannot be written, or there is something.
@@ -402,77 +404,6 @@ def save_params(path: Path, config: Run, params: Params) -> None:
     with _logged_once(), ocp.Checkpointer(_Handler()) as writer:
         writer.save(path, args=contents)
     sync(path.parent)
-
-
-def load_params(
-    run_or_checkpoint: str | Path, part: Literal["all", "encoder"] = "encoder"
-) -> tuple[PretrainConfig, Params, int]:
-    """Load configuration, parameters and step of a pretraining checkpoint.
-
-    Parameters are their running average where the run keeps one. The optimizer's state is not read. A checkpoint that
-    was ported may hold the encoder alone; its step is 0.
-
-    Raises:
-      StatedError: there is no checkpoint, it cannot be read, it is a classifier's, or it has no decoder and `part`
-        all asks for one.
-    """
-    config, params, step = load_any(run_or_checkpoint)
-    if config.kind != "pretraining":
-        raise StatedError(
-            f"{run_or_checkpoint} holds a classifier, and this needs a pretraining run", field="checkpoint"
-        )
-    if part == "all" and "decoder" not in params:
-        raise StatedError(
-            f"{run_or_checkpoint} holds an encoder alone, and this needs the decoder too", field="checkpoint"
-        )
-    return config, params, step
-
-
-def load_classifier(run_or_checkpoint: str | Path) -> tuple[FinetuneConfig, Params, int]:
-    """Load configuration, parameters (their running average where the run keeps one) and step of a classifier.
-
-    Raises:
-      StatedError: there is no checkpoint, it cannot be read, or it is a pretraining run's.
-    """
-    config, params, step = load_any(run_or_checkpoint)
-    if config.kind != "classification":
-        raise StatedError(f"{run_or_checkpoint} holds no classifier: it is a pretraining run's", field="checkpoint")
-    return config, params, step
-
-
-def load_any(run_or_checkpoint: str | Path) -> tuple[Run, Params, int]:
-    """Load configuration, parameters and step of either kind. The configuration's attention is xla, whatever it was.
-
-    Raises:
-      StatedError: there is no checkpoint, or it cannot be read.
-    """
-    folder = find_checkpoint(run_or_checkpoint)
-    config, recorded, _, version, _ = read_record(folder)
-    # A checkpoint is used where it is, which need not be a GPU.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
-    try:
-        _check_files(folder)
-        kind = "params" if config.optim.ema_decay is None else "average"
-        here = SingleDeviceSharding(jax.local_devices()[0])
-        shapes = getattr(jax.eval_shape(lambda: init_state(config)), kind)
-        item = {kind: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
-        if config.kind == "pretraining" and not any("['decoder']" in key for key in recorded):
-            item[kind] = {"encoder": item[kind]["encoder"]}
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arguments = ocp.args.PyTreeRestore(
-                item=item,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                partial_restore=True,
-            )
-            params = reader.restore(folder / "state", args=arguments)[kind]
-        prefix = jax.tree_util.keystr((jax.tree_util.GetAttrKey(kind),))
-        named = {key.removeprefix(prefix): value for key, value in recorded.items()}
-        if wrong := altered(params, named, version):
-            raise DamagedError(wrong, field="checkpoint")
-    except Exception as error:  # whatever Orbax and its layers raise
-        why = str(error) if isinstance(error, StatedError) else _reason(error)
-        raise StatedError(f"checkpoint {folder} cannot be read: {why}", field="checkpoint") from error
-    return config, params, int(folder.name) if folder.name.isdecimal() else 0
 
 
 def drop_later(workdir: Path, step: int, hosts: Hosts, held: Hold | None) -> None:

@@ -6,8 +6,6 @@ Who may write there: one run at a time, of one configuration, the same on all it
 import contextlib
 import dataclasses
 import errno
-import hashlib
-import importlib.metadata
 import json
 import os
 import uuid
@@ -17,10 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dacite
 
-import mae_jax
-from mae_jax.config import FinetuneConfig, HostConfig, PretrainConfig, Run
+from mae_jax.config import FinetuneConfig, PretrainConfig, Run
 from mae_jax.errors import StatedError
-from mae_jax.files import Hold, hold, local_path, parse_json, read_json, write_atomically
+from mae_jax.files import Hold, hold, local_path, read_json, write_atomically
 
 if TYPE_CHECKING:
     from mae_jax.hosts import Hosts
@@ -29,7 +26,6 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 RECORD = "record"  # the folder of a checkpoint's metadata: what `Record` holds
-VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")  # of what hosts must have the same
 
 CONFIGS: dict[str, type[Run]] = {config.kind: config for config in (PretrainConfig, FinetuneConfig)}
 
@@ -284,41 +280,3 @@ def claimed(
                 field="workdir",
             )
         yield workdir, held
-
-
-def code_version() -> dict[str, str]:
-    """Give the versions of what computes, and a digest of this package's own source."""
-    package = Path(mae_jax.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
-    return {"mae_jax code": digest.hexdigest()[:12]} | {name: importlib.metadata.version(name) for name in VERSIONS}
-
-
-def facts(config: Run, examples: int) -> dict[str, Any]:
-    """Give what must be the same on all hosts."""
-    own = {field.name for field in dataclasses.fields(HostConfig)}
-    fields = {name: value for name, value in flatten(config_to_dict(config)).items() if name not in own}
-    return fields | {"images": examples} | code_version()
-
-
-def check_agreement(hosts: "Hosts", config: Run, examples: int) -> None:
-    """Compare what all hosts are about to run.
-
-    Raises:
-      StatedError: they differ; on every host, naming what and the values.
-    """
-    if hosts.count == 1:
-        return
-    answers = hosts.gather("facts", json.dumps(facts(config, examples)))
-    rows = [parse_json(text.encode(), f"the answer of host {host}") for host, text in enumerate(answers)]
-    columns = {name: [row.get(name) for row in rows] for name in sorted({name for row in rows for name in row})}
-    differing = {name: values for name, values in columns.items() if any(value != values[0] for value in values)}
-    if differing:
-        words = "; ".join(
-            f"{name}: " + ", ".join(f"{value} on host {host}" for host, value in enumerate(values))
-            for name, values in differing.items()
-        )
-        raise StatedError(
-            f"the hosts do not run the same: {words}. Start all of them alike.", field=next(iter(differing))
-        )

@@ -20,7 +20,7 @@ MODULES = [
     "mae_jax.cli.finetune",
     "mae_jax.runs.pretrain",
     "mae_jax.runs.finetune",
-    "mae_jax.evaluation.reconstruct",
+    "mae_jax.evaluation.sheet",
     "mae_jax.evaluation.knn",
     "mae_jax.port.convert",
     "torch",

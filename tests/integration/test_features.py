@@ -10,7 +10,7 @@ from PIL import Image
 from mae_jax.cli.__main__ import main
 from mae_jax.data.sources.source import open_source
 from mae_jax.evaluation.features import source_features
-from mae_jax.storage.checkpoints import load_params
+from mae_jax.storage.loading import load_params
 
 from .conftest import ROOT, Run
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mae_jax
-from mae_jax.storage.checkpoints import load_params
+from mae_jax.storage.loading import load_params
 from tests.processes import free_port
 
 from .conftest import ROOT, TINY, Run, Start

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from mae_jax.storage.checkpoints import load_params
+from mae_jax.storage.loading import load_params
+from tests.processes import children, dies
 
 from .conftest import TINY, Run, Start
 from .test_pretrain import rows
@@ -90,13 +91,14 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 
 
 def test_signals_of_clusters_and_terminals(start: Start, tmp_path: Path) -> None:
-    """What nohup ignores stays ignored; a terminal may go away; a second signal ends at once."""
+    """What nohup ignores stays ignored; a terminal may go away; a second signal ends at once, workers too."""
     arguments = [*ARGUMENTS, "--batch-size=512", "--steps=400", "--save-every=6"]
     workdirs = [tmp_path / name for name in ("first", "nohup", "terminal", "twice")]
     programs = [("-m", "mae_jax.cli"), ("-c", NOHUP), ("-c", TERMINAL), ("-m", "mae_jax.cli")]
+    flags = [[], [], [], ["--workers=2"]]
     processes = [
-        start(*arguments, f"--workdir={workdir}", program=program)
-        for workdir, program in zip(workdirs, programs, strict=True)
+        start(*arguments, *own, f"--workdir={workdir}", program=program)
+        for workdir, program, own in zip(workdirs, programs, flags, strict=True)
     ]
     first, nohup, _, twice = processes
     try:
@@ -108,6 +110,7 @@ def test_signals_of_clusters_and_terminals(start: Start, tmp_path: Path) -> None
         twice.send_signal(signal.SIGINT)
         assert twice.stderr is not None
         answer = twice.stderr.readline()
+        workers = children(twice.pid)
         twice.send_signal(signal.SIGINT)
         texts = [process.communicate(timeout=120) for process in processes]
     finally:
@@ -121,6 +124,8 @@ def test_signals_of_clusters_and_terminals(start: Start, tmp_path: Path) -> None
     assert newest < rows(workdirs[3])[-1]["step"]
     assert f"mae-jax: SIGINT: ended at once; what is since step {newest} is lost" in texts[3][1]
     assert "is saved" not in texts[3][0]
+    assert len(workers) == 2
+    assert all(map(dies, workers))
 
 
 def checkpoints(workdir: Path) -> set[int]:

@@ -14,7 +14,7 @@ from mae_jax.config import FinetuneConfig, PretrainConfig
 from mae_jax.presets import transfer
 from mae_jax.presets.pretraining import PRESETS
 from mae_jax.runs.initial import adopted
-from mae_jax.storage.checkpoints import load_classifier
+from mae_jax.storage.loading import load_any
 from mae_jax.storage.workdir import read_record
 
 from .conftest import Run, Start
@@ -50,7 +50,7 @@ def test_what_a_run_leaves(finetuned: Path) -> None:
 
 def test_the_encoder_is_the_runs(trained: Path, finetuned: Path) -> None:
     """Its sizes are taken over, and so is how images are normalised."""
-    config = load_classifier(finetuned)[0]
+    config = load_any(finetuned)[0]
     before = read_record(next((trained / "checkpoints").iterdir())).config
     assert config.model.encoder == before.model.encoder
     assert config.augment.mean == before.augment.mean
@@ -79,8 +79,8 @@ def test_stopped_and_continued_is_never_stopped(
     for mine, other in zip(rows(workdir), rows(finetuned), strict=True):
         for name in ("step", "loss", "grad_norm", "top1", "top5", "evaluation_loss"):
             assert mine.get(name) == other.get(name), (name, mine["step"])
-    jax.tree.map(np.testing.assert_array_equal, load_classifier(workdir)[1], load_classifier(finetuned)[1])
-    jax.tree.map(np.testing.assert_array_equal, *(load_classifier(d / "best")[1] for d in (workdir, finetuned)))
+    jax.tree.map(np.testing.assert_array_equal, load_any(workdir)[1], load_any(finetuned)[1])
+    jax.tree.map(np.testing.assert_array_equal, *(load_any(d / "best")[1] for d in (workdir, finetuned)))
 
 
 def rows_so_far(workdir: Path) -> list[str]:
@@ -112,12 +112,12 @@ def test_probes_of_several_rates_at_once(run: Run, trained: Path, tmp_path: Path
     assert (done.returncode, done.stderr) == (0, "")
     last = rows(workdir)[-1]
     assert last["top1"] == max(last["top1_at_1"], last["top1_at_30"])
-    config, params, _ = load_classifier(workdir / "best")
+    config, params, _ = load_any(workdir / "best")
     assert isinstance(config, FinetuneConfig)
     assert config.sweep == ()
     assert config.optim.base_lr in (1.0, 30.0)
     assert params["head"]["kernel"].shape == (32, 10)
-    before = load_classifier(workdir)[1]["encoder"]
+    before = load_any(workdir)[1]["encoder"]
     jax.tree.map(np.testing.assert_array_equal, params["encoder"], before)
     refused = run("port", workdir, tmp_path / "x.pth", "--to=fair")
     assert "holds the heads of a sweep over 2 rates: give its folder best" in refused.stderr

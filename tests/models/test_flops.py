@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from mae_jax.config import ClassifierConfig, ModelConfig, TransformerConfig
-from mae_jax.models.flops import classifier_flops, forward_flops, stack_flops, training_flops
+from mae_jax.config import ModelConfig, TransformerConfig
+from mae_jax.models.flops import forward_flops, stack_flops, training_flops
 
 ENCODER, DECODER = TransformerConfig(4, 2, 1, 2.0), TransformerConfig(8, 1, 1, 4.0)
 MODEL = ModelConfig((4, 6), 2, 1, ENCODER, DECODER, mask_ratio=0.5)  # 6 patches of 4 values, of which 3 are seen
@@ -32,9 +32,3 @@ def test_a_forward_pass_is_its_stacks_and_three_projections(changes, seen, full,
     projections = 6 * 4 * 4 + seen * 4 * 8 + 6 * 8 * predicted
     assert forward_flops(model) == 2 * projections + stack_flops(ENCODER, seen) + stack_flops(DECODER, full)
     assert training_flops(model) == 3 * forward_flops(model)
-
-
-@pytest.mark.parametrize(("class_token", "tokens"), [(True, 7), (False, 6)])
-def test_a_classifier_sees_every_patch(class_token, tokens):
-    config = ClassifierConfig(replace(MODEL, class_token=class_token), classes=5)
-    assert classifier_flops(config) == 2 * (6 * 4 * 4 + 4 * 5) + stack_flops(ENCODER, tokens)

@@ -17,7 +17,7 @@ from mae_jax.config import MODELS, ModelConfig
 from mae_jax.port.convert import port
 from mae_jax.port.infer_config import Hints
 from mae_jax.port.read import read_weights
-from mae_jax.storage.checkpoints import load_params
+from mae_jax.storage.loading import load_params
 from tests.refusals import refused
 
 from .conftest import CLASSIFIERS, ODD, TINY, draw_params, same

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mae_jax.models.flops import classifier_flops
+from mae_jax.models.flops import stack_flops
 from mae_jax.presets.transfer import FINETUNE, PROBE
 from mae_jax.train.objective import Batch
 from mae_jax.train.optimizers import peak_learning_rate
@@ -68,7 +68,10 @@ def test_a_docstring_has_command_and_cost(name):
     gflop, images, million, epochs, total = re.search(
         r"([\d.,]+) GFLOP an image x ([\d,.]+)( M)? x ([\d,]+) = ([\d.e]+) FLOP", text
     ).groups()
-    counted = classifier_flops(config.classifier) * (1 if config.last_blocks == 0 else 3)
+    model, width = config.model, config.model.encoder.width
+    ends = model.num_patches * model.patch_dim * width + width * config.classes  # every patch is visible
+    forward = 2 * ends + stack_flops(model.encoder, model.num_patches + int(model.class_token))
+    counted = forward * (1 if config.last_blocks == 0 else 3)
     assert float(gflop.replace(",", "")) == pytest.approx(counted / 1e9, rel=2e-2)
     assert float(epochs) == config.epochs
     every = float(images.replace(",", "")) * (1e6 if million else 1) * config.epochs

@@ -13,7 +13,8 @@ from mae_jax.hosts import Hosts
 from mae_jax.presets.transfer import FINETUNE
 from mae_jax.runs.finetune import Evaluations, evaluate, finetune, open_data
 from mae_jax.runs.metrics import read_metrics
-from mae_jax.storage.checkpoints import load_classifier, save_best
+from mae_jax.storage.checkpoints import save_best
+from mae_jax.storage.loading import load_any
 from mae_jax.train.build import build_engine, run_length
 from tests.refusals import refused
 
@@ -39,7 +40,7 @@ def test_the_best_running_average_is_kept_and_read(config, tmp_path):
     """Evaluated, kept and read back is the average, and it scores what the log says."""
     finetune(config)
     scored = [row for row in read_metrics(tmp_path / "run") if "top1" in row]
-    best, params, step = load_classifier(tmp_path / "run" / "best")
+    best, params, step = load_any(tmp_path / "run" / "best")
     assert best.optim.ema_decay is None
     expected = max(scored, key=lambda row: row["top1"])
     assert step == expected["step"]
@@ -48,7 +49,7 @@ def test_the_best_running_average_is_kept_and_read(config, tmp_path):
     found = evaluate_classifier(params, val, resolved, engine.put_rows, 1, Hosts())
     assert found.top(1)[0] == expected["top1"]
     if step == 4:
-        newest = load_classifier(tmp_path / "run")[1]
+        newest = load_any(tmp_path / "run")[1]
         jax.tree.map(np.testing.assert_array_equal, params, newest)
 
 
@@ -86,7 +87,7 @@ def test_best_of_a_later_life_is_dropped(config, tmp_path):
     """A run that goes on before its best checkpoint may come out otherwise."""
     finetune(config)
     for step in (7, 9):
-        save_best(tmp_path / "run", step, *load_classifier(tmp_path / "run" / "best")[:2], Hosts(), None)
+        save_best(tmp_path / "run", step, *load_any(tmp_path / "run" / "best")[:2], Hosts(), None)
     finetune(config)
     assert all(int(path.name) <= 4 for path in (tmp_path / "run" / "best" / "checkpoints").iterdir())
 

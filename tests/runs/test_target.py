@@ -16,7 +16,7 @@ from mae_jax.models.patches import patchify
 from mae_jax.runs import target as pca
 from mae_jax.runs.initial import start_from
 from mae_jax.runs.pretrain import pretrain
-from mae_jax.storage.checkpoints import load_params
+from mae_jax.storage.loading import load_params
 from mae_jax.train.objective import normalise_images
 from mae_jax.train.step import init_state, loss_and_gradients, make_step
 

@@ -8,7 +8,8 @@ import pytest
 
 from mae_jax.config import TransformerConfig
 from mae_jax.errors import StatedError
-from mae_jax.storage.checkpoints import Checkpoints, load_params
+from mae_jax.storage.checkpoints import Checkpoints
+from mae_jax.storage.loading import load_params
 from tests.storage.saved_runs import DAMAGE, another_state, assert_same_bits, state_at
 from tests.tiny import TINY
 

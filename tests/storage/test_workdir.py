@@ -17,19 +17,17 @@ from mae_jax.storage.checkpoints import Checkpoints
 from mae_jax.storage.workdir import (
     CONFIG_FILE,
     METRICS_FILE,
-    check_agreement,
     claim,
     claimed,
-    code_version,
     config_from_dict,
     config_to_dict,
     differences,
-    facts,
     find_checkpoint,
     read_config,
     read_record,
 )
 from tests.refusals import refused
+from tests.storage.answering import Answering
 
 
 def round_trip(config):
@@ -316,18 +314,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
             read_record(newest)
 
 
-@dataclasses.dataclass(frozen=True)
-class Answering(Hosts):
-    """Hosts whose answers are known: `answers` by topic, else what this one says itself."""
-
-    answers: dict | None = None
-
-    def gather(self, topic, text):
-        return (self.answers or {}).get(topic, [text] * self.count)
-
-
-def test_one_host_agrees_with_itself(tiny, tmp_path):
-    check_agreement(Hosts(), tiny(), 100)
+def test_one_host_holds_the_folder_for_itself(tiny, tmp_path):
     config = tiny(workdir=str(tmp_path / "run"))
     with claimed(Hosts(), config) as (workdir, held):
         assert workdir == tmp_path / "run"
@@ -345,40 +332,6 @@ def test_the_lock_of_several_hosts_is_the_first_one_s(tiny, tmp_path):
     ):
         assert first is not None
         assert second is None
-
-
-def test_where_hosts_may_differ(tiny):
-    one, other = tiny(), tiny(workers=3, coordinator="a:1", process_id=1, num_processes=2)
-    one = dataclasses.replace(one, coordinator="b:1", process_id=0, num_processes=2)
-    assert facts(one, 100) == facts(other, 100)
-
-
-@pytest.mark.parametrize(
-    ("changes", "examples", "field", "words"),
-    [
-        ({"seed": 7}, 100, "seed", "0 on host 0, 7 on host 1"),
-        ({"weight_decay": 0.1}, 100, "optim.weight_decay", "0.05 on host 0, 0.1 on host 1"),
-        ({"workdir": "x"}, 100, "workdir", "runs/pretrain on host 0, x on host 1"),
-        (
-            {"coordinator": "a:1", "process_id": 1, "num_processes": 3},
-            100,
-            "num_processes",
-            "None on host 0, 3 on host 1",
-        ),
-        ({}, 99, "images", "100 on host 0, 99 on host 1"),
-    ],
-)
-def test_where_they_may_not(tiny, changes, examples, field, words):
-    answers = [json.dumps(facts(tiny(), 100)), json.dumps(facts(tiny(**changes), examples))]
-    with refused(field, f"do not run the same: {field}: {words}. Start all of them alike."):
-        check_agreement(Answering(0, 2, answers={"facts": answers}), tiny(), 100)
-
-
-def test_another_version_is_another_code():
-    version = code_version()
-    assert len(version["mae_jax code"]) == 12
-    assert version == code_version()
-    assert version["jax"].count(".") >= 2
 
 
 def test_a_folder_that_is_not_shared_is_refused(tiny, tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mae_jax.storage.checkpoints import Checkpoints, load_params
+from mae_jax.storage.checkpoints import Checkpoints
+from mae_jax.storage.loading import load_params
 from mae_jax.train.build import Length, build_engine, state_shapes
 from mae_jax.train.mesh import SHARD, cut, make_mesh
 from mae_jax.train.objective import Batch
