@@ -31,7 +31,9 @@ def one_thread():
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_every_stage_agrees(precision):
-    references = [Reference(config, precision, name=name) for name, config in SMALL.items()]
+    # In float32 two show what all would: that nothing is computed in less. The command compares them all.
+    models = SMALL if precision == "float64" else {name: SMALL[name] for name in ("tiny", "tiny_ablations")}
+    references = [Reference(config, precision, name=name) for name, config in models.items()]
     results = [result for stage in run(references) for result in stage]
     assert [result for result in results if not result.passed] == []
     stages = {result.stage for result in results}
@@ -70,7 +72,7 @@ def test_stages_are_in_the_order_data_flows():
         "gradients",
     ]
     assert [name for name in STAGES if name in order] == order
-    assert list(STAGES)[-3:] == ["classifier", "probing", "finetuning"]
+    assert list(STAGES)[-4:] == ["classifier", "probing", "sweep", "finetuning"]
 
 
 @pytest.mark.parametrize(
