@@ -170,8 +170,9 @@ def main() -> int:
     named = [name for name in ("model", "run", "preset") if getattr(arguments, name) is not None]
     if len(named) > 1 or (arguments.peer and {"run", "preset"} & set(named)):
         return wrong_usage(f"--{' and --'.join(named + ['peer'] * bool(arguments.peer))}: give one of them")
-    if arguments.data is not None and arguments.run is None:
-        return wrong_usage(f"--data {arguments.data} is for --run; the others draw their images")
+    for name in ("data", "encoder_heads"):
+        if (value := getattr(arguments, name)) is not None and arguments.run is None:
+            return wrong_usage(f"--{name.replace('_', '-')} {value} is for --run")
     if arguments.peer is not None:
         if arguments.stages:
             return wrong_usage("--stages are the reference's; --peer compares the whole model")

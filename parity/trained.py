@@ -97,8 +97,12 @@ def of_preset(name: str) -> Subject:
     return Subject(name, run.model, Given(run=run), run.augment, ("weights and images are drawn",))
 
 
-def of_params(config: Config, params: Params, images: Images, augment: AugmentConfig | None) -> Subject:
-    """Take a model's configuration, its parameters, and images as bytes."""
+def of_params(config: Config, params: Params, images: Images, augment: AugmentConfig | None, seed: int) -> Subject:
+    """Take a model's configuration, its parameters, images as bytes, and the seed of the masks' noise.
+
+    Raises:
+      StatedError: images do not fit the model.
+    """
     model = config if config.kind == "mae" else config.model
     if images.dtype != np.uint8 or images.shape[1:] != (*model.image_hw, model.in_channels):
         raise StatedError(
@@ -109,7 +113,7 @@ def of_params(config: Config, params: Params, images: Images, augment: AugmentCo
     channels = model.in_channels
     augment = augment or AugmentConfig(mean=(0.5,) * channels, std=(0.25,) * channels)
     weights = to_fair(jax.tree.map(np.asarray, params), config)
-    run = PretrainConfig(model=model, augment=augment)
+    run = PretrainConfig(model=model, augment=augment, seed=seed)
     return Subject("model", config, Given(weights, images, run), augment)
 
 
@@ -122,11 +126,21 @@ def stages_of(subject: Subject) -> list[str]:
 def compare_subject(
     subject: Subject, precision: Precision, seed: int, batch_size: int, stages: Sequence[str] = (), stop: bool = False
 ) -> Iterator[list[Comparison]]:
-    """Run the stages of a subject, and yield the results of one after another."""
+    """Run the stages of a subject, and yield the results of one after another.
+
+    Raises:
+      StatedError: stages are chosen, and it is a classifier, which is compared as a whole.
+    """
     if subject.config.kind == "mae":
         reference = Reference(subject.config, precision, seed, batch_size, subject.name, subject.given)
         yield from run([reference], stages or stages_of(subject), stop)
         return
+    if stages:
+        raise StatedError(
+            f"stages {' '.join(stages)} are a masked autoencoder's, {subject.name} is compared as a classifier: leave "
+            "them out",
+            field="stages",
+        )
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
         pairs = classifier_pairs(ClassifierReference(subject, precision, seed, batch_size))
         found = [compare_pair(pair, precision, jax.default_backend()) for pair in pairs]
@@ -161,7 +175,7 @@ def compare(
       >>> report.passed
       True
     """
-    subject = of_params(config, params, images, augment)
+    subject = of_params(config, params, images, augment, seed)
     count = min(len(images), MOST_IMAGES)
     report = Report.begin(subject.name, precision, seed, {subject.name: config})
     stages = [name for name in stages_of(subject) if name not in OF_A_RUN and name != "noise"]

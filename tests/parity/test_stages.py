@@ -20,15 +20,6 @@ from parity.stages import STAGES, run
 from tests.quick import as_users_compile
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products are no work for two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_every_stage_agrees(precision):
     # In float32 two show what all would: that nothing is computed in less. The command compares them all.

@@ -30,14 +30,6 @@ from tests.peers import peer
 F = torch.nn.functional
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tree(state: Mapping[str, Any]) -> dict[str, Any]:
     """PyTorch's parameters as linen's, the modules by their own names: what a port's own conversion does."""
     found: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.port.convert import port
 from parity import command
 from parity.sides import of_run
-from parity.trained import of_preset, of_source, stages_of
+from parity.trained import of_params, of_preset, of_source, stages_of
 from tests.refusals import refused
 
 RELEASED = Path(__file__).parents[1] / "golden" / "released" / "0.1.0"
@@ -59,6 +59,12 @@ def test_parameters_from_python():
     assert {"images", "encoder block 0", "prediction", "loss", "gradient pos_embed"} <= stages
     assert "training run" not in stages
     assert "encoder block 0" in str(report)
+
+
+def test_the_seed_is_that_of_the_masks():
+    images = bytes_for(BANDS)
+    drawn = [of_params(BANDS, params_of(BANDS), images, None, seed).given.run.seed for seed in (0, 5)]
+    assert drawn == [0, 5]
 
 
 def test_a_classifier_from_python():
@@ -129,6 +135,8 @@ def test_images_are_those_of_the_data():
         (["--preset", "nope"], 1, "imagenet_vit_base"),
         (["--run", "/nowhere"], 1, "/nowhere"),
         (["--data", "digits"], 2, "--data digits"),
+        (["--encoder-heads", "2"], 2, "--encoder-heads 2"),
+        (["--run", str(RELEASED / "finetuning"), "--data", "digits", "--stages", "loss"], 1, "stages loss"),
         (["--run", "x", "--preset", "digits"], 2, "--run and --preset"),
         (["--run", "x", "--peer", "timm"], 2, "--run and --peer"),
     ],

@@ -368,15 +368,6 @@ TRAPS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny products are no work for two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _traced_anew():
     """A block that was traced before stays as it was then, whatever is planted."""
