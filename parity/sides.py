@@ -92,12 +92,13 @@ class Given:
     """What a comparison does not draw: of a run, a file or a program of somebody's own.
 
     weights: under the authors' names. images: uint8 (any number, height, width, channels). run: whose optimizer,
-      normalisation and seed are compared.
+      normalisation and seed are compared. augment: the normalisation, where there is no run.
     """
 
     weights: Tensors | None = None
     images: UInt8[np.ndarray, "n height width channels"] | None = None
     run: PretrainConfig | None = None
+    augment: AugmentConfig | None = None
 
 
 class Reference:
@@ -115,7 +116,8 @@ class Reference:
         self.name, self.precision = name, precision
         self.config = replace(config, dtype=precision, attention="xla")
         if given.run is None:
-            self.run_config = run_config(self.config, batch_size, seed)
+            drawn = run_config(self.config, batch_size, seed)
+            self.run_config = replace(drawn, augment=given.augment or drawn.augment)
         else:
             self.run_config = of_run(given.run, self.config, batch_size)
         generator = np.random.default_rng(seed)

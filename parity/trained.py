@@ -82,7 +82,7 @@ def of_source(source: str, data: str | None, count: int, encoder_heads: int | No
         images = load_samples(opened, range(len(opened)), count, model.image_hw, found.augment.evaluation_crop)
     if found.run is None:
         notes.append("there is no recipe of pretraining with it: no step of training is compared")
-    return Subject(source, config, Given(weights, images, found.run), found.augment, tuple(notes))
+    return Subject(source, config, Given(weights, images, found.run, found.augment), found.augment, tuple(notes))
 
 
 def of_preset(name: str) -> Subject:

@@ -19,7 +19,7 @@ from mae_jax.models.classifier import Classifier
 from mae_jax.models.mae import MaskedAutoencoder
 from mae_jax.port.convert import port
 from parity import command
-from parity.sides import of_run
+from parity.sides import Reference, of_run
 from parity.trained import of_params, of_preset, of_source, stages_of
 from tests.refusals import refused
 
@@ -80,6 +80,15 @@ def test_a_mistake_is_found_in_somebodys_own_model(monkeypatch):
     report = parity.compare(BANDS, params_of(BANDS), bytes_for(BANDS))
     assert report.departure is not None
     assert report.departure.stage == "encoder block 0"
+
+
+def test_a_file_brings_its_normalisation(tmp_path):
+    port(str(RELEASED / "pretraining"), tmp_path / "folder", "huggingface", check=False)
+    for source in (RELEASED / "pretraining", tmp_path / "folder"):
+        subject = of_source(str(source), None, 2)
+        reference = Reference(subject.config, "float64", given=subject.given)
+        assert reference.run_config.augment.mean == subject.augment.mean
+        assert reference.run_config.augment.std == subject.augment.std
 
 
 @pytest.mark.parametrize("images", [np.zeros((2, 12, 20, 12)), np.zeros((2, 12, 20, 3), np.uint8)])
